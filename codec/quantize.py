@@ -1,0 +1,118 @@
+"""Floats to integers without calibration: a uniform grid per row, step = c * rms(row).
+
+The constant c sets the rate of a whole model. It is found on histograms of the weights in units of
+their row's rms, before any matrix is quantized. Of codes it knows only what they cost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from codec.choice import choose_code
+
+_BINS = 512  # per rms, centred on its multiples: a weight of 0 is well inside its bin
+_REACH = 32  # rms; what is larger is counted as this large, and will be an outlier all the same
+_CHUNK_WEIGHTS = 1 << 20
+_SMALLEST_C, _LARGEST_C = 2.0**-8, 2.0**3
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """A matrix's weights in units of their row's rms."""
+
+    rows: int
+    cols: int
+    below: npt.NDArray[np.float64]  # (n_bins + 1,) how many are below each edge of a bin
+
+    def integers(self, c: float) -> tuple[npt.NDArray[np.float64], int]:
+        """How often `quantize` would yield lowest, lowest + 1, ..., -lowest; and lowest."""
+        largest = int(_REACH / c) + 1
+        edges = (np.arange(-largest, largest + 2) - 0.5) * (c * _BINS) + (_REACH * _BINS + 0.5)
+        edges[0], edges[-1] = 0, self.below.size - 1
+        below = np.interp(edges, np.arange(self.below.size), self.below)
+        return below[1:] - below[:-1], -largest
+
+
+def histogram(w: npt.NDArray[np.float32]) -> Histogram:
+    """Count w (rows, cols), once for all trials of c. Raises ValueError if it is not finite."""
+    rows, cols = w.shape
+    rms = _rms(w)
+    bins_per_unit = _BINS / np.where(rms > 0, rms, np.inf)
+    middle = _REACH * _BINS
+    counts = np.zeros(2 * middle + 1, np.int64)
+    size = max(1, _CHUNK_WEIGHTS // cols)
+    for start in range(0, rows, size):
+        chunk = slice(start, start + size)
+        x = w[chunk] * bins_per_unit[chunk, None]
+        np.clip(x, -middle, middle, out=x)
+        np.rint(x, out=x)
+        counts += np.bincount(x.astype(np.int64).ravel() + middle, minlength=counts.size)
+    return Histogram(rows, cols, np.append(0.0, np.cumsum(counts)))
+
+
+def predicted_bits(h: Histogram, c: float, log2_states: int = 12) -> float:
+    """All stored bits of the matrix if it is quantized with steps of c * rms."""
+    counts, lowest = h.integers(c)
+    code = choose_code(counts, lowest, log2_states)
+    # A row further stores its scale, its first state and its length, whose standard deviation is
+    # about a bit per square root of its weights (entropy log2(4.13 sigma)).
+    row_bits = 16 + log2_states + float(np.log2(4.13 * np.sqrt(h.cols)))
+    return code.bits + h.rows * row_bits + 16 * code.n_symbols
+
+
+def bisect_constant(
+    histograms: Sequence[Histogram], bits_per_weight: float, log2_states: int = 12
+) -> float:
+    """The c at which these matrices together take the asked stored bits per weight.
+
+    One c for all of them equalises what one more bit is worth in each. Raises ValueError if it
+    would lie outside of 2^-8 .. 2^3 (from about 1 to 9 bits can be had).
+    """
+    n_weights = sum(h.rows * h.cols for h in histograms)
+    low, high = np.log2(_SMALLEST_C), np.log2(_LARGEST_C)
+    x = 2.1 - bits_per_weight  # log2 c; a Gaussian's entropy is 2.05 - log2 c
+    while high - low > 1e-4:
+        if not low < x < high:
+            x = (low + high) / 2
+        bits = sum(predicted_bits(h, 2.0**x, log2_states) for h in histograms)
+        excess = bits / n_weights - bits_per_weight
+        if abs(excess) < 5e-4:
+            return float(2.0**x)
+        low, high = (x, high) if excess > 0 else (low, x)
+        x += excess  # as c doubles, a weight takes nearly one bit less
+    raise ValueError(
+        f"{bits_per_weight} bits per weight cannot be had: steps of {2.0**x:.3g} rms take"
+        f" {bits_per_weight + excess:.2f}"
+    )
+
+
+def row_steps(w: npt.NDArray[np.float32], c: float) -> npt.NDArray[np.float16]:
+    """Step of each row of w (rows, cols) -> (rows,): c * rms, so 0 for a row of zeros.
+
+    Raises ValueError if w is not finite or a step is too large for float16.
+    """
+    with np.errstate(over="ignore"):
+        steps = (c * _rms(w)).astype(np.float16)
+    if not np.isfinite(steps).all():
+        row = int(np.argmax(~np.isfinite(steps)))
+        raise ValueError(f"the weights of row {row} are too large for a step in float16")
+    return steps
+
+
+def quantize(w: npt.NDArray[np.float32], steps: npt.NDArray[np.float16]) -> npt.NDArray[np.int32]:
+    """round(w / step), ties to even: (rows, cols) and (rows,) -> (rows, cols). Step 0 gives 0."""
+    q = w / np.where(steps > 0, steps, np.inf).astype(np.float32)[:, None]
+    np.rint(q, out=q)
+    return q.astype(np.int32)
+
+
+def _rms(w: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        squares: npt.NDArray[np.float32] = np.einsum("rc,rc->r", w, w)
+    if not np.isfinite(squares).all():
+        row = int(np.argmax(~np.isfinite(squares)))
+        raise ValueError(f"row {row} has weights that are not finite numbers")
+    rms: npt.NDArray[np.float32] = np.sqrt(squares / np.float32(w.shape[1]))
+    return rms
