@@ -1,0 +1,17 @@
+"""What can go wrong for a user. Libraries raise these; chat and the commands print one line and exit with 1."""
+
+
+class EngineError(Exception):
+    """Base of every error whose text is meant for the user: what, where, expected, found, what to do."""
+
+
+class DeviceError(EngineError):
+    """No usable adapter, or the adapter cannot hold what was asked of it."""
+
+
+class WeightsError(EngineError):
+    """A weights file or a source model that cannot be read, is damaged, or is of the wrong kind."""
+
+
+class ConfigError(EngineError):
+    """A model whose architecture or sizes this engine does not run."""

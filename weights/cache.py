@@ -1,0 +1,60 @@
+"""From what a user names to a weights file: other models are converted once and kept in a cache."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from pathlib import Path
+
+import platformdirs
+
+from engine.errors import WeightsError
+from weights.convert import DEFAULT_BITS, RECIPE_VERSION, convert
+from weights.sources import PACKAGED, open_source
+
+__all__ = ["DEFAULT_BITS", "DEFAULT_MODEL", "cache_folder", "resolve"]
+
+DEFAULT_MODEL = "smollm2"
+
+
+def resolve(model: str | Path, bits: float | None = None, progress: bool = True) -> Path:
+    """The weights file for `model`: itself if it is one, else the source converted to `bits`.
+
+    A source (a packaged model's name, a Hugging Face folder, a GGUF file) is converted on first
+    use, which takes minutes for large models and is announced on stderr. WeightsError or
+    ConfigError when that fails, and WeightsError when `bits` is given for a converted file.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix != ".gguf":  # opening it will tell if it is something else
+        if bits is not None:
+            raise WeightsError(
+                f"{path}: its bits are fixed; choose bits only for a model to convert"
+            )
+        return path
+    bits = DEFAULT_BITS if bits is None else bits
+    cached = cache_folder() / f"{_name(model)}-{bits:g}bit-v{RECIPE_VERSION}.safetensors"
+    if not cached.is_file():
+        print(f"converting {model} to {bits:g} bit/weight, once: {cached}", file=sys.stderr)
+        convert(open_source(model), cached, bits, progress=progress)
+    return cached
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; any file in it may be deleted."""
+    return platformdirs.user_cache_path("answer")
+
+
+def _name(model: str | Path) -> str:
+    """Name of a source in the cache: a path gets a mark that changes with its place and content."""
+    path = Path(model)
+    if not path.exists():
+        if str(model) in PACKAGED:
+            return str(model)
+        open_source(model)  # raises: no such model
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    facts = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.is_file()
+    ]
+    return f"{path.resolve().stem}-{zlib.crc32(repr(facts).encode()):08x}"

@@ -1,0 +1,151 @@
+"""What a weights file holds and what it costs, matrix by matrix. Decodes every stream on the way."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codec.matrix import CodedMatrix, decode_matrix
+from engine.errors import EngineError
+from weights import layout
+from weights.container import damaged
+from weights.store import WeightsFile
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """The cost of one matrix, or (`total`) of several."""
+
+    name: str
+    n_weights: int
+    shape: tuple[int, int] | None  # (rows, cols); None for a total
+    code: str  # "P/b/n": log2 of the states, raw bits, number of symbols; empty for a total
+    stored_bits: float  # per weight, everything counted in
+    entropy: float  # bits per weight, of the integers' own histogram (the best a coder can do)
+    n_outliers: int
+
+    @property
+    def overhead(self) -> float:
+        return self.stored_bits - self.entropy
+
+
+def describe(name: str, matrix: CodedMatrix, q: npt.NDArray[np.int32]) -> MatrixReport:
+    """`q` (rows, cols) is what `matrix` decodes to."""
+    counts = np.bincount((q - q.min()).ravel())
+    share = counts[counts > 0] / q.size
+    return MatrixReport(
+        name=name,
+        n_weights=matrix.n_weights,
+        shape=(matrix.rows, matrix.cols),
+        code=f"{matrix.log2_states}/{matrix.raw_bits}/{matrix.marginal.size}",
+        stored_bits=matrix.bits_per_weight,
+        entropy=float(-share @ np.log2(share)),
+        n_outliers=matrix.outliers.size,
+    )
+
+
+def describe_file(file: WeightsFile) -> list[MatrixReport]:
+    """Reports of all matrices; WeightsError when a stream does not decode to its end."""
+    reports = []
+    for name in file.matrix_names:
+        matrix = file.matrix(name)
+        try:
+            reports.append(describe(name, matrix, decode_matrix(matrix)))
+        except ValueError as error:
+            raise damaged(file.path, f"{name}: {error}") from None
+    return reports
+
+
+def totals(reports: Iterable[MatrixReport]) -> list[MatrixReport]:
+    """Sums over the blocks, over embedding and head, and over everything."""
+    reports = list(reports)
+    outer = [report for report in reports if report.name in (layout.EMBEDDING, layout.HEAD)]
+    blocks = [report for report in reports if report not in outer]
+    groups = {"all blocks": blocks, "embedding and head": outer, "all matrices": reports}
+    return [_total(name, group) for name, group in groups.items()]
+
+
+def _total(name: str, reports: list[MatrixReport]) -> MatrixReport:
+    n_weights = sum(report.n_weights for report in reports)
+    return MatrixReport(
+        name=name,
+        n_weights=n_weights,
+        shape=None,
+        code="",
+        stored_bits=sum(report.stored_bits * report.n_weights for report in reports) / n_weights,
+        entropy=sum(report.entropy * report.n_weights for report in reports) / n_weights,
+        n_outliers=sum(report.n_outliers for report in reports),
+    )
+
+
+def format_table(reports: list[MatrixReport]) -> str:
+    """One line per matrix, then the totals; rates in bits per weight."""
+    head = "rows x cols", "P/b/n", "stored", "entropy", "overhead", "outliers"
+    lines = [
+        f"{'matrix':40}{head[0]:>14}{head[1]:>9}" + "".join(f"{word:>10}" for word in head[2:])
+    ]
+    for report in [*reports, *totals(reports)]:
+        size = " x ".join(map(str, report.shape)) if report.shape else f"{report.n_weights:,}"
+        lines.append(
+            f"{report.name:40}{size:>14}{report.code:>9}{report.stored_bits:10.3f}"
+            f"{report.entropy:10.3f}{report.overhead:10.3f}{report.n_outliers:10}"
+        )
+    return "\n".join(lines)
+
+
+def format_file(file: WeightsFile, reports: list[MatrixReport]) -> str:
+    """The table between the model's sizes and the file's."""
+    sizes = "  ".join(f"{key} {value}" for key, value in dataclasses.asdict(file.config).items())
+    n_params = file.config.n_params
+    return (
+        f"{file.path}: {file.source}\n{sizes}\n\n{format_table(reports)}\n\n"
+        f"{file.size_bytes:,} bytes for {n_params:,} parameters: "
+        f"{8 * file.size_bytes / n_params:.3f} bits each"
+    )
+
+
+def _as_json(file: WeightsFile, reports: list[MatrixReport]) -> dict[str, Any]:
+    matrices = [
+        {**dataclasses.asdict(report), "overhead": report.overhead}
+        for report in [*reports, *totals(reports)]
+    ]
+    return {
+        "path": str(file.path),
+        "source": file.source,
+        "config": dataclasses.asdict(file.config),
+        "size_bytes": file.size_bytes,
+        "n_params": file.config.n_params,
+        "matrices": matrices[: len(reports)],
+        "totals": matrices[len(reports) :],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m weights.inspect",
+        description="Show what a weights file holds, and check all of it.",
+        epilog="P/b/n: decode tables of 2^P states, b raw bits per weight, n symbols.",
+    )
+    parser.add_argument("file")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    options = parser.parse_args(arguments)
+    try:
+        file = WeightsFile.open(options.file)
+        reports = describe_file(file)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(_as_json(file, reports)) if options.json else format_file(file, reports))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

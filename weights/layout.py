@@ -1,0 +1,75 @@
+"""Which tensors a Llama has: Hugging Face's in a source, fused ones in a weights file.
+
+Names and shapes only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a weights file: the source's tensors stacked by rows, in this order."""
+
+    name: str
+    parts: tuple[tuple[str, int], ...]  # (Hugging Face tensor name, its rows)
+    cols: int
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.parts)
+
+    @property
+    def in_block(self) -> bool:
+        """Whether it belongs to a transformer block; the embedding and the head do not."""
+        return self.name not in (EMBEDDING, HEAD)
+
+
+def matrices(config: ModelConfig) -> list[Matrix]:
+    """Every matrix of the file, in the order in which a token meets them."""
+    found = [_matrix(EMBEDDING, [("", config.vocab_size)], config.dim)]
+    for layer in range(config.n_layers):
+        prefix = f"model.layers.{layer}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        qkv = [("q_proj", config.q_dim), ("k_proj", config.kv_dim), ("v_proj", config.kv_dim)]
+        gate_up = [("gate_proj", config.hidden_dim), ("up_proj", config.hidden_dim)]
+        found += [
+            _matrix(
+                attention + "qkv_proj", [(attention + name, rows) for name, rows in qkv], config.dim
+            ),
+            _matrix(attention + "o_proj", [("", config.dim)], config.q_dim),
+            _matrix(
+                mlp + "gate_up_proj", [(mlp + name, rows) for name, rows in gate_up], config.dim
+            ),
+            _matrix(mlp + "down_proj", [("", config.dim)], config.hidden_dim),
+        ]
+    if not config.tie_embeddings:
+        found.append(_matrix(HEAD, [("", config.vocab_size)], config.dim))
+    return found
+
+
+def vectors(config: ModelConfig) -> list[str]:
+    """Every vector of the file, all of length dim: the RMSNorms, under the source's names."""
+    norms = ("input_layernorm", "post_attention_layernorm")
+    per_layer = [
+        f"model.layers.{i}.{norm}.weight" for i in range(config.n_layers) for norm in norms
+    ]
+    return [*per_layer, "model.norm.weight"]
+
+
+def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensor name -> shape, for every tensor that a source must have."""
+    shapes: dict[str, tuple[int, ...]] = {name: (config.dim,) for name in vectors(config)}
+    for matrix in matrices(config):
+        shapes.update({name: (rows, matrix.cols) for name, rows in matrix.parts})
+    return shapes
+
+
+def _matrix(name: str, parts: list[tuple[str, int]], cols: int) -> Matrix:
+    return Matrix(name, tuple((f"{part or name}.weight", rows) for part, rows in parts), cols)

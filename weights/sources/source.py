@@ -1,0 +1,66 @@
+"""What every source is turned into: sizes, tensors read one at a time, tokenizer, chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ConfigError, WeightsError
+from model.config import ModelConfig
+from weights.layout import source_shapes
+
+# Tensors that some exporters add though they follow from the sizes.
+_REDUNDANT = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a source; `read` gives it as a new float32 array of `shape`."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert. Creating one checks that its tensors are those that `config` asks for."""
+
+    name: str  # short, fit for a file name
+    config: ModelConfig
+    tensors: Mapping[str, LazyTensor]  # Hugging Face name -> tensor
+    tokenizer_json: bytes
+    chat_template: str | None
+
+    def __post_init__(self) -> None:
+        expected = source_shapes(self.config)
+        # First what is too much: another architecture also explains what is missing.
+        surplus = sorted(
+            name
+            for name in self.tensors.keys() - expected.keys()
+            if not name.endswith(_REDUNDANT)
+            and not (name == "lm_head.weight" and self.config.tie_embeddings)
+        )
+        if surplus:
+            raise ConfigError(
+                f"{self.name}: {_listed(surplus)} not part of the one architecture that works, "
+                f"a Llama without biases and RoPE scaling"
+            )
+        missing = sorted(expected.keys() - self.tensors.keys())
+        if missing:
+            raise WeightsError(f"{self.name}: {_listed(missing)} missing from the source model")
+        for name, shape in expected.items():
+            found = self.tensors[name].shape
+            if found != shape:
+                raise WeightsError(
+                    f"{self.name}: {name} has shape {found}, expected {shape} by the model's sizes"
+                )
+
+
+def _listed(names: list[str], at_most: int = 3) -> str:
+    """`a, b, c and 12 more tensors are`: the subject of an error's sentence."""
+    more = len(names) - at_most
+    text = ", ".join(names[:at_most]) + (f" and {more} more tensors" if more > 0 else "")
+    return f"{text} {'are' if len(names) > 1 else 'is'}"

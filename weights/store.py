@@ -1,0 +1,247 @@
+"""The weights file: opened, checked and handed out; written whole or not at all. See FORMAT.md.
+
+Opening checks every fact on which a decoder relies, so that the shaders need no guards.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from codec.matrix import LOG2_STATES, CodedMatrix, check, pack_side, unpack_side
+from engine.errors import ConfigError, WeightsError
+from model.config import ModelConfig
+from weights import layout
+from weights.container import Container, ContainerWriter, Entry, damaged, read_container, replacing
+
+FORMAT = "answer"
+FORMAT_VERSION = "1"
+TOKENIZER = "tokenizer.json"
+
+# The tensors of one matrix. The first three are large and written as soon as they exist; the others
+# have smaller elements and follow when all of these are written, so that every tensor is aligned.
+_LARGE_PARTS = {"words": "U32", "side": "U32", "outliers": "U32"}
+_SMALL_PARTS = {"marginal": "U16", "scale": "F16"}
+_PARTS = {**_LARGE_PARTS, **_SMALL_PARTS}
+_MATRIX_FIELDS = ("rows", "cols", "log2_states", "raw_bits", "min_symbol")
+
+
+@dataclass(frozen=True, eq=False)
+class WeightsFile:
+    """An open weights file. Large arrays are views into the mapped file, read when they are used."""
+
+    path: Path
+    config: ModelConfig
+    source: str  # name of the model that was converted
+    chat_template: str | None
+    tokenizer_json: bytes
+    size_bytes: int
+    _entries: Mapping[str, Entry]
+    _matrices: Mapping[str, CodedMatrix]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Map and check a file; WeightsError: missing, of another kind or version, or damaged."""
+        path = Path(path)
+        container = read_container(path)
+        metadata = _checked_metadata(container)
+        try:
+            config = ModelConfig.from_json(metadata["config"])
+            matrix_fields, crc32 = json.loads(metadata["matrices"]), json.loads(metadata["crc32"])
+        except (ConfigError, ValueError) as error:
+            raise damaged(path, f"the metadata are wrong ({error})") from None
+        _check_tensors(container, config, matrix_fields, crc32)
+        try:
+            tokenizer_json = zlib.decompress(container.entries[TOKENIZER].values.tobytes())
+        except zlib.error as error:
+            raise damaged(path, f"{TOKENIZER} is not zlib-compressed ({error})") from None
+        for name in layout.vectors(config):
+            if not np.isfinite(container.entries[name].values).all():
+                raise damaged(path, f"{name} holds values that are not finite")
+        matrices = {
+            matrix.name: _coded_matrix(container, matrix, matrix_fields[matrix.name])
+            for matrix in layout.matrices(config)
+        }
+        return cls(
+            path=path,
+            config=config,
+            source=metadata["source"],
+            chat_template=metadata.get("chat_template"),
+            tokenizer_json=tokenizer_json,
+            size_bytes=container.size_bytes,
+            _entries=container.entries,
+            _matrices=matrices,
+        )
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """Every matrix, in the order in which a token meets them."""
+        return list(self._matrices)
+
+    def matrix(self, name: str) -> CodedMatrix:
+        return self._matrices[name]
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """A vector of length dim, by its Hugging Face name."""
+        return self._entries[name].values
+
+    def stored_bits(self, name: str) -> int:
+        """Bits that the file holds for the matrix `name`: all of its tensors."""
+        return 8 * sum(self._entries[f"{name}.{part}"].values.nbytes for part in _PARTS)
+
+    def bits_per_weight(self, block_only: bool) -> float:
+        """Stored bits per weight over the matrices of the blocks, or over all of them."""
+        names = [
+            matrix.name
+            for matrix in layout.matrices(self.config)
+            if matrix.in_block or not block_only
+        ]
+        n_weights = sum(self._matrices[name].n_weights for name in names)
+        return sum(map(self.stored_bits, names)) / n_weights
+
+
+def write_weights(
+    path: str | Path,
+    *,
+    config: ModelConfig,
+    matrices: Iterable[tuple[str, CodedMatrix]],
+    vectors: Mapping[str, npt.NDArray[np.float32]],
+    tokenizer_json: bytes,
+    chat_template: str | None,
+    source: str,
+) -> None:
+    """Write a weights file; it appears at `path` whole, or not at all.
+
+    `matrices` gives every matrix under its name and is consumed one by one: the model need not fit
+    into memory. WeightsError when `path` cannot be written to or the disk is full.
+    """
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": config.to_json(),
+        "source": source,
+    }
+    if chat_template is not None:
+        metadata["chat_template"] = chat_template
+    crc32 = {}
+    fields = {}
+    later: list[tuple[str, str, npt.NDArray[Any]]] = []  # name, type, values
+    later += [(name, "F32", vector) for name, vector in vectors.items()]
+    with replacing(Path(path)) as file:
+        writer = ContainerWriter(file, _header_bound(config, metadata))
+        for name, matrix in matrices:
+            values = {**vars(matrix), "side": pack_side(matrix)}
+            fields[name] = {field: values[field] for field in _MATRIX_FIELDS}
+            for part, dtype in _LARGE_PARTS.items():
+                data = writer.add(f"{name}.{part}", dtype, values[part])
+                crc32[f"{name}.{part}"] = zlib.crc32(data)
+            for part, dtype in _SMALL_PARTS.items():
+                later.append((f"{name}.{part}", dtype, values[part]))
+        later.append((TOKENIZER, "U8", np.frombuffer(zlib.compress(tokenizer_json, 9), np.uint8)))
+        for name, dtype, array in later:
+            crc32[name] = zlib.crc32(writer.add(name, dtype, array))
+        metadata |= {"matrices": json.dumps(fields), "crc32": json.dumps(crc32)}
+        writer.finish({**metadata, "metadata_crc32": str(_metadata_crc32(metadata))})
+
+
+def _header_bound(config: ModelConfig, metadata: Mapping[str, str]) -> int:
+    """No fewer bytes than the finished header has.
+
+    A tensor's name stands in it twice, in a third place with its matrix; 150 bytes hold the rest of
+    its entry, its CRC-32 and its share of the matrix's numbers.
+    """
+    names = [*layout.vectors(config), TOKENIZER]
+    names += [f"{matrix.name}.{part}" for matrix in layout.matrices(config) for part in _PARTS]
+    return len(json.dumps(metadata)) + sum(3 * len(name) + 150 for name in names)
+
+
+def _metadata_crc32(metadata: Mapping[str, str]) -> int:
+    """CRC-32 of the metadata's canonical JSON, without `metadata_crc32` itself."""
+    others = {key: text for key, text in metadata.items() if key != "metadata_crc32"}
+    return zlib.crc32(json.dumps(others, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _checked_metadata(container: Container) -> Mapping[str, str]:
+    metadata, path = container.metadata, container.path
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path}: a safetensors file, but not of this engine; "
+            "convert the model's folder with `python -m weights.convert FOLDER OUT`"
+        )
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise WeightsError(
+            f"{path}: format version {version}, expected {FORMAT_VERSION}; convert the model again"
+        )
+    if metadata.get("metadata_crc32") != str(_metadata_crc32(metadata)):
+        raise damaged(path, "the metadata do not match their CRC-32")
+    missing = {"config", "source", "matrices", "crc32"} - metadata.keys()
+    if missing:
+        raise damaged(path, f"the metadata lack {', '.join(sorted(missing))}")
+    return metadata
+
+
+def _check_tensors(container: Container, config: ModelConfig, matrices: Any, crc32: Any) -> None:
+    """The set of tensors, their types and bytes, and their shapes as far as `config` fixes them."""
+    path, entries = container.path, container.entries
+    names = [matrix.name for matrix in layout.matrices(config)]
+    types = {f"{name}.{part}": dtype for name in names for part, dtype in _PARTS.items()}
+    types |= {name: "F32" for name in layout.vectors(config)}
+    types[TOKENIZER] = "U8"
+    if entries.keys() != types.keys():
+        missing, surplus = sorted(types.keys() - entries), sorted(entries.keys() - types)
+        raise damaged(path, f"tensors missing: {missing[:3]}, not expected: {surplus[:3]}")
+    if not isinstance(crc32, dict) or crc32.keys() != types.keys():
+        raise damaged(path, "the list of CRC-32 does not name exactly the tensors")
+    if not isinstance(matrices, dict) or matrices.keys() != set(names):
+        raise damaged(path, "the list of matrices does not fit the model's sizes")
+    for name, dtype in types.items():
+        entry = entries[name]
+        if entry.dtype != dtype or len(entry.shape) != 1:
+            found = f"{entry.dtype} of shape {entry.shape}"
+            raise damaged(path, f"{name} is {found}, expected {dtype} of one dimension")
+        if zlib.crc32(entry.values) != crc32[name]:
+            raise damaged(path, f"the bytes of {name} do not match their CRC-32")
+    for name in layout.vectors(config):
+        if entries[name].shape != (config.dim,):
+            raise damaged(path, f"{name} has shape {entries[name].shape}, expected ({config.dim},)")
+
+
+def _coded_matrix(container: Container, matrix: layout.Matrix, fields: Any) -> CodedMatrix:
+    """A matrix whose every part was checked, but for the bits of the streams themselves."""
+    parts = {part: container.entries[f"{matrix.name}.{part}"].values for part in _PARTS}
+    try:
+        if not isinstance(fields, dict) or fields.keys() != set(_MATRIX_FIELDS):
+            raise ValueError(f"described by {fields}, expected {', '.join(_MATRIX_FIELDS)}")
+        if any(type(value) is not int for value in fields.values()):
+            raise ValueError(f"described by {fields}, expected whole numbers")
+        if (fields["rows"], fields["cols"]) != (matrix.rows, matrix.cols):
+            raise ValueError(f"described by {fields}, expected {matrix.rows} x {matrix.cols}")
+        if fields["log2_states"] not in LOG2_STATES:
+            raise ValueError(f"described by {fields}, expected log2_states in {LOG2_STATES}")
+        lengths, states, outlier_counts = unpack_side(
+            parts.pop("side"), matrix.rows, fields["log2_states"]
+        )
+        n_outliers = parts["outliers"].size
+        if outlier_counts.sum() != n_outliers:
+            raise ValueError(f"{n_outliers} outliers, expected {outlier_counts.sum()} by row")
+        coded = CodedMatrix(
+            **fields,
+            **parts,
+            row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            states=states,
+            outlier_offsets=np.concatenate([[0], np.cumsum(outlier_counts)]).astype(np.uint32),
+        )
+        check(coded)
+        if (coded.scale < 0).any():
+            raise ValueError("a scale is negative")
+    except ValueError as error:
+        raise damaged(container.path, f"{matrix.name}: {error}") from None
+    return coded
