@@ -1,0 +1,187 @@
+"""The GPU: choosing an adapter, buffers, shader modules. Knows nothing of kernels, weights or models."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import wgpu
+from wgpu.backends.wgpu_native import GPUShaderModule, _api
+from wgpu.backends.wgpu_native.extras import set_instance_extras
+
+from engine.errors import DeviceError
+
+STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
+UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
+
+# The adapter's own maximum is asked for: weights need large bindings, the matvec as much workgroup memory as there is.
+_RAISED_LIMITS = (
+    "max-buffer-size",
+    "max-storage-buffer-binding-size",
+    "max-compute-workgroup-storage-size",
+    "max-compute-invocations-per-workgroup",
+    "max-compute-workgroup-size-x",
+    "max-compute-workgroup-size-y",
+)
+_PREFERENCE = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 3}  # anything else: 2
+
+# Without it Vulkan's window system layer, which nothing here uses, complains on stderr.
+os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
+# OpenGL is left out: its compute limits are below what the kernels need. To be said before the first look for adapters.
+set_instance_extras(backends=("Primary",))
+
+
+def list_adapters() -> list[Any]:
+    """Adapters that can run the engine, the preferred first: discrete, integrated, other, software."""
+    adapters: list[Any] = wgpu.gpu.enumerate_adapters_sync()
+    return sorted(adapters, key=lambda a: _PREFERENCE.get(a.info["adapter_type"], 2))
+
+
+def adapter_name(adapter: Any) -> str:
+    return f"{adapter.info['device']} ({adapter.info['backend_type']})"
+
+
+def choose_adapter(wanted: str | None = None) -> Any:
+    """The preferred adapter, or the one that `wanted` names: its number in the list, or part of its name."""
+    adapters = list_adapters()
+    if not adapters:
+        raise DeviceError(
+            "no GPU adapter found: the engine needs Vulkan, Metal or DX12; install the GPU's driver, or "
+            "software Vulkan (Debian: apt-get install mesa-vulkan-drivers)"
+        )
+    if wanted is None:
+        return adapters[0]
+    names = [adapter_name(adapter) for adapter in adapters]
+    if wanted.isdigit() and int(wanted) < len(adapters):
+        return adapters[int(wanted)]
+    for adapter, name in zip(adapters, names, strict=True):
+        if wanted.lower() in name.lower():
+            return adapter
+    listed = "; ".join(f"{i}: {name}" for i, name in enumerate(names))
+    raise DeviceError(f"no adapter matches {wanted!r}; there is {listed}")
+
+
+class Device:
+    """One opened adapter.
+
+    `software` says that the adapter is a CPU: kernels then avoid workgroup memory. `allocated_bytes` counts every
+    buffer made here; buffers live as long as the device.
+    """
+
+    def __init__(self, adapter: Any) -> None:
+        self.adapter = adapter
+        self.name = adapter_name(adapter)
+        self.software = adapter.info["adapter_type"] == "CPU"
+        self.timestamps = "timestamp-query" in adapter.features
+        self.allocated_bytes = 0
+        limits = {name: adapter.limits[name] for name in _RAISED_LIMITS}
+        limits["max-storage-buffers-per-shader-stage"] = 8  # WebGPU's default, all that any kernel uses
+        try:
+            self.wgpu = adapter.request_device_sync(
+                required_features=["timestamp-query"] if self.timestamps else [], required_limits=limits
+            )
+        except Exception as error:  # wgpu raises RuntimeError and GPUError alike
+            raise DeviceError(f"{self.name}: cannot be opened: {error}") from error
+        self.queue = self.wgpu.queue
+        # An offset of 4 GiB no longer fits the u32 bit positions of a row: 2^32 bits are 512 MiB.
+        self.max_binding_bytes = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"], 1 << 29)
+        self.workgroup_memory = limits["max-compute-workgroup-storage-size"]
+        self.max_workgroup_lanes = limits["max-compute-invocations-per-workgroup"]
+
+    @classmethod
+    def open(cls, wanted: str | None = None) -> Device:
+        return cls(choose_adapter(wanted))
+
+    def empty(self, label: str, size_bytes: int, usage: int = STORAGE) -> Any:
+        """A zeroed buffer."""
+        size = max(16, -(-size_bytes // 16) * 16)
+        if size > self.max_binding_bytes:
+            raise DeviceError(
+                f"{self.name}: {label} needs {size / 2**20:.0f} MiB in one buffer, the adapter allows "
+                f"{self.max_binding_bytes / 2**20:.0f} MiB; use a smaller --context or another adapter"
+            )
+        try:
+            buffer = self.wgpu.create_buffer(label=label, size=size, usage=usage)
+        except wgpu.GPUError as error:
+            raise DeviceError(
+                f"{self.name}: no room for {label} ({size / 2**20:.0f} MiB beside the "
+                f"{self.allocated_bytes / 2**20:.0f} MiB already in use): {error}"
+            ) from error
+        self.allocated_bytes += size
+        return buffer
+
+    def upload(self, label: str, array: np.ndarray, usage: int = STORAGE, padding_bytes: int = 0) -> Any:
+        """A buffer with the array's bytes, then zeros."""
+        data = np.ascontiguousarray(array)
+        buffer = self.empty(label, data.nbytes + padding_bytes, usage)
+        if data.nbytes:
+            self.write(buffer, data)
+        return buffer
+
+    def write(self, buffer: Any, array: np.ndarray, offset_bytes: int = 0) -> None:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        whole = data.size // 4 * 4  # copies are in units of four bytes
+        if whole:
+            self.queue.write_buffer(buffer, offset_bytes, data[:whole])
+        if whole < data.size:
+            last = np.zeros(4, np.uint8)
+            last[: data.size - whole] = data[whole:]
+            self.queue.write_buffer(buffer, offset_bytes + whole, last)
+
+    def read(self, buffer: Any, dtype: Any, shape: Sequence[int]) -> np.ndarray:
+        """The first elements of a buffer; waits for all that was submitted before."""
+        count = int(np.prod(shape))
+        size = -(-count * np.dtype(dtype).itemsize // 4) * 4
+        data = self.queue.read_buffer(buffer, 0, size)
+        return np.frombuffer(data, dtype, count).reshape(shape).copy()
+
+    def shader_module(self, label: str, code: str) -> Any:
+        """A module without run-time checks (they cost 1.5 times on an H100, up to 5 times on llvmpipe) where the
+        backend library can make one. Nothing is lost: whatever a shader could be led astray by is checked at load."""
+        create = getattr(_api.libf, "wgpuDeviceCreateShaderModuleTrusted", None)
+        if create is None:
+            return self.wgpu.create_shader_module(label=label, code=code)
+        ffi, lib = _api.ffi, _api.lib
+        source = _api.new_struct_p("WGPUShaderSourceWGSL *", code=_api.to_c_string_view(code))
+        source[0].chain.next = ffi.NULL
+        source[0].chain.sType = lib.WGPUSType_ShaderSourceWGSL
+        descriptor = _api.new_struct_p(
+            "WGPUShaderModuleDescriptor *",
+            nextInChain=ffi.cast("WGPUChainedStruct *", source),
+            label=_api.to_c_string_view(label),
+        )
+        return GPUShaderModule(label, create(self.wgpu._internal, descriptor, 0), self.wgpu)
+
+
+class Readback:
+    """A small buffer through which the GPU hands results to the host, used again and again.
+
+    The host may be interrupted (Ctrl-C) at any point between `claim` and `read`; the next `claim` then
+    waits for what is still under way. A mapped buffer must not be copied to.
+    """
+
+    def __init__(self, device: Device, label: str, size_bytes: int) -> None:
+        usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
+        self._buffer = device.empty(label, size_bytes, usage)
+        self._mapping: Any = None
+
+    def claim(self) -> Any:
+        """The buffer, free to be copied to."""
+        if self._buffer.map_state != "unmapped":
+            self._mapping.sync_wait()
+            self._buffer.unmap()
+        return self._buffer
+
+    def start(self) -> None:
+        """After the copy has been submitted."""
+        self._mapping = self._buffer.map_async("READ_NOSYNC")
+
+    def read(self) -> np.ndarray:
+        """uint32, once the GPU has written them."""
+        self._mapping.sync_wait()
+        values = np.frombuffer(self._buffer.read_mapped(copy=True), np.uint32)
+        self._buffer.unmap()
+        return values

@@ -1,0 +1,127 @@
+"""Kernels: a .wgsl file becomes a pipeline whose buffers and parameters are bound by name.
+
+The WGSL is the single statement of a kernel's bindings, its `struct Params` and its overrides; this module reads them
+there. A wrong or missing name is an error that lists what the shader declares.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import wgpu
+
+from engine.device import UNIFORM, Device
+
+_IMPORT = re.compile(r"^//#import (\w+)$", re.MULTILINE)
+_BINDING = re.compile(r"@group\(0\) @binding\((\d+)\) var<(uniform|storage, read|storage, read_write)> (\w+):")
+_PARAMS = re.compile(r"struct Params \{(.*?)\}", re.DOTALL)
+_FIELD = re.compile(r"(\w+): (u32|i32|f32)")
+_OVERRIDE = re.compile(r"^override (\w+): \w+;", re.MULTILINE)
+_KIND = {
+    "uniform": wgpu.BufferBindingType.uniform,
+    "storage, read": wgpu.BufferBindingType.read_only_storage,
+    "storage, read_write": wgpu.BufferBindingType.storage,
+}
+_PACK = {"u32": "I", "i32": "i", "f32": "f"}
+
+
+@cache
+def shader_source(name: str) -> str:
+    """The text of shaders/NAME.wgsl, each `//#import X` line replaced by shaders/shared/X.wgsl."""
+    folder = files("shaders")
+
+    def shared(match: re.Match[str]) -> str:
+        file = folder / "shared" / f"{match[1]}.wgsl"
+        if not file.is_file():
+            raise FileNotFoundError(f"shaders/{name}.wgsl imports {match[1]}, but there is no {file}")
+        return file.read_text("utf-8")
+
+    return _IMPORT.sub(shared, (folder / f"{name}.wgsl").read_text("utf-8"))
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One recorded launch: everything made beforehand, nothing to look up."""
+
+    kernel: Kernel
+    bind_group: Any
+    workgroups: tuple[int, int, int]
+
+
+class Kernel:
+    """A compiled shader with its overrides fixed."""
+
+    def __init__(self, device: Device, name: str, **overrides: int) -> None:
+        code = shader_source(name)
+        self.device = device
+        self.name = name
+        self.bindings = {m[3]: (int(m[1]), m[2]) for m in _BINDING.finditer(code)}
+        params = _PARAMS.search(code)
+        self.params = _FIELD.findall(re.sub("//.*", "", params[1])) if params else []
+        _same_names(f"{name}: overrides", overrides, _OVERRIDE.findall(code))
+        self.layout = device.wgpu.create_bind_group_layout(
+            label=name,
+            entries=[
+                {"binding": i, "visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": _KIND[kind]}}
+                for i, kind in self.bindings.values()
+            ],
+        )
+        self.pipeline = device.wgpu.create_compute_pipeline(
+            label=name,
+            layout=device.wgpu.create_pipeline_layout(label=name, bind_group_layouts=[self.layout]),
+            compute={
+                "module": device.shader_module(name, code),
+                "entry_point": "main",
+                "constants": overrides,
+            },
+        )
+
+    def dispatch(
+        self, workgroups: Sequence[int], params: Mapping[str, int | float] | None = None, **buffers: Any
+    ) -> Dispatch:
+        """Record a launch of up to three dimensions of workgroups; `params` fill `struct Params` by name."""
+        if self.params:
+            buffers["params"] = self._pack(params or {})
+        _same_names(f"{self.name}: buffers", buffers, self.bindings)
+        group = self.device.wgpu.create_bind_group(
+            label=self.name,
+            layout=self.layout,
+            entries=[
+                {"binding": self.bindings[key][0], "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
+                for key, buffer in buffers.items()
+            ],
+        )
+        x, y, z = (*workgroups, 1, 1)[:3]
+        return Dispatch(self, group, (x, y, z))
+
+    def _pack(self, params: Mapping[str, int | float]) -> Any:
+        _same_names(f"{self.name}: params", params, [field for field, _ in self.params])
+        layout = "<" + "".join(_PACK[kind] for _, kind in self.params)
+        data = struct.pack(layout, *(params[field] for field, _ in self.params))
+        return self.device.upload(f"{self.name}.params", np.frombuffer(data, np.uint8), UNIFORM)
+
+
+class Kernels:
+    """The kernels of one device, each compiled once."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._made: dict[tuple[str, tuple[tuple[str, int], ...]], Kernel] = {}
+
+    def get(self, name: str, **overrides: int) -> Kernel:
+        key = (name, tuple(sorted(overrides.items())))
+        if key not in self._made:
+            self._made[key] = Kernel(self.device, name, **overrides)
+        return self._made[key]
+
+
+def _same_names(what: str, given: Mapping[str, Any], declared: Sequence[str] | Mapping[str, Any]) -> None:
+    if set(given) != set(declared):
+        raise TypeError(f"{what}: the shader declares {sorted(declared)}, given are {sorted(given)}")

@@ -1,0 +1,86 @@
+"""Drawing the next token on the GPU: settings, and the passes that follow the head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.device import Device
+from engine.errors import EngineError
+from engine.kernel import Kernels
+from engine.plan import Plan
+
+RING = 64  # sampled tokens that the GPU holds until the host has read them
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+
+    Filters apply in this order, as in transformers: temperature, top_k, top_p (Holtzman et al. 2020),
+    min_p (Nguyen et al. 2024). The same seed and prompt give the same text on the same machine.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise EngineError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        if self.top_k < 0:
+            raise EngineError(f"top_k is {self.top_k}, expected 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise EngineError(f"top_p is {self.top_p}, expected above 0 and at most 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise EngineError(f"min_p is {self.min_p}, expected 0 (off) to 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise EngineError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}")
+
+
+class Sampler:
+    """The passes that turn logits into the next pass's token, and the ring that the tokens go to."""
+
+    def __init__(self, kernels: Kernels, state: Any, logits: Any, vocab_size: int) -> None:
+        self.device: Device = kernels.device
+        lanes = 128  # sample_threshold keeps 64 bytes a lane in workgroup memory
+        n_candidates = -(-vocab_size // lanes)
+        self.settings = self.device.empty("sampling", 16)
+        self.threshold = self.device.empty("sampling.threshold", 4)
+        self.candidates = self.device.empty("sampling.candidates", 8 * n_candidates)
+        self.sampled = self.device.empty("sampled", 4 * RING)
+        vocab = {"vocab_size": vocab_size}
+        self.plan = Plan(
+            [
+                kernels.get("sample_threshold", lanes=lanes).dispatch(
+                    [1], vocab, sampling=self.settings, logits=logits, threshold=self.threshold
+                ),
+                kernels.get("sample_candidates", lanes=lanes).dispatch(
+                    [n_candidates],
+                    vocab,
+                    state=state,
+                    sampling=self.settings,
+                    logits=logits,
+                    threshold=self.threshold,
+                    candidates=self.candidates,
+                ),
+                kernels.get("sample_token", lanes=lanes).dispatch(
+                    [1],
+                    {"n_candidates": n_candidates},
+                    candidates=self.candidates,
+                    state=state,
+                    sampled=self.sampled,
+                ),
+            ]
+        )
+
+    def configure(self, sampling: Sampling) -> None:
+        settings = np.zeros(4, np.float32)
+        settings[0], settings[2], settings[3] = sampling.temperature, sampling.top_p, sampling.min_p
+        settings.view(np.uint32)[1] = sampling.top_k
+        self.device.write(self.settings, settings)

@@ -1,0 +1,217 @@
+"""The engine's arithmetic in numpy: what each kernel must compute, and the whole model made of it.
+
+One function per kernel, under the kernel's name. A function computes in the floating type that it
+is handed: float32 as the engine does, float64 where the result serves as truth. Weights arrive as
+dense arrays; nothing here decodes streams or touches the GPU.
+
+Axes: n tokens, or any leading axes `...`; a matrix is (rows, cols) = (out, in) and y = W x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from codec.matrix import dequantize
+from model.config import ModelConfig
+from weights import layout
+from weights.sources import Source
+from weights.store import WeightsFile
+
+Floats = npt.NDArray[np.floating[Any]]
+Integers = npt.NDArray[np.integer[Any]]
+
+ACTIVATION_BLOCK = 32  # columns that share one int8 scale
+
+
+def embed(table: Floats, token_ids: Integers) -> Floats:
+    """(vocab_size, dim), (n,) -> (n, dim): one row of the table per token."""
+    return table[token_ids]
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """(..., dim) -> (..., dim): x / sqrt(mean(x^2) + eps) * weight [Zhang 2019, eq. 4]."""
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+    xn: Floats = x / np.sqrt(mean_square + x.dtype.type(eps)) * weight
+    return xn
+
+
+def quantize_activations(x: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """(..., cols) -> int8 (..., 32 * n_blocks) and scale (..., n_blocks): x ~= scale * int8.
+
+    In each block of 32 columns scale = max|x| / 127 and int8 = x / scale, rounded half to even.
+    Columns beyond `cols` are zeros; a block of zeros has scale 0.
+    """
+    cols = x.shape[-1]
+    n_blocks = -(-cols // ACTIVATION_BLOCK)
+    padded = np.zeros((*x.shape[:-1], n_blocks * ACTIVATION_BLOCK), x.dtype)
+    padded[..., :cols] = x
+    blocks = padded.reshape(*x.shape[:-1], n_blocks, ACTIVATION_BLOCK)
+    scale = np.max(np.abs(blocks), axis=-1) / x.dtype.type(127)
+    divisor = np.where(scale > 0, scale, x.dtype.type(1))[..., None]
+    return np.rint(blocks / divisor).astype(np.int8).reshape(padded.shape), scale
+
+
+def dequantize_activations(x_int: npt.NDArray[np.int8], x_scale: Floats, cols: int) -> Floats:
+    """What `quantize_activations` kept of x: (..., cols), in the scale's type."""
+    x = x_int.astype(x_scale.dtype) * np.repeat(x_scale, ACTIVATION_BLOCK, axis=-1)
+    return x[..., :cols]
+
+
+def matvec(w: Floats, x: Floats) -> Floats:
+    """(rows, cols), (..., cols) -> (..., rows): y = W x."""
+    return x @ w.T
+
+
+def matvec_int8(
+    w_int: Integers, row_scale: Floats, x_int: npt.NDArray[np.int8], x_scale: Floats
+) -> Floats:
+    """Integer weights (rows, cols), scale (rows,), `quantize_activations` of x -> (..., rows).
+
+    y[r] = row_scale[r] * sum_b x_scale[b] * sum_j w_int[r, 32 b + j] * x_int[32 b + j].
+    The inner sum is exact; the outer one goes through the blocks in order, in the type of x_scale.
+    """
+    rows, cols = w_int.shape
+    y: Floats = np.zeros((*x_int.shape[:-1], rows), x_scale.dtype)
+    for b, start in enumerate(range(0, cols, ACTIVATION_BLOCK)):
+        block = slice(start, min(start + ACTIVATION_BLOCK, cols))
+        dots = x_int[..., block].astype(np.int64) @ w_int[:, block].astype(np.int64).T
+        y += dots.astype(y.dtype) * x_scale[..., b : b + 1]
+    y *= row_scale
+    return y
+
+
+def rope(x: Floats, pos: int, theta: float) -> Floats:
+    """(n, heads, head_dim) at positions pos, pos + 1, ... -> the same shape, rotated.
+
+    Pair i is (i, i + head_dim/2), as Hugging Face stores it: RoFormer eq. 34 up to a permutation.
+    Angles are float64 whatever x is; in float32 they would be off by up to position * 2^-24.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-np.arange(half) / half)
+    angles = np.arange(pos, pos + len(x))[:, None, None] * frequencies  # (n, 1, half)
+    cos, sin = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int) -> None:
+    """Stores keys and values (n, n_kv_heads, head_dim) at `pos`, rounded to the cache's type."""
+    k_cache[pos : pos + len(k)] = k
+    v_cache[pos : pos + len(v)] = v
+
+
+def attention(q: Floats, k_cache: Floats, v_cache: Floats, pos: int) -> Floats:
+    """(n, n_heads, head_dim) at positions pos, pos + 1, ... -> (n, n_heads * head_dim).
+
+    softmax(q k / sqrt(head_dim)) v over the cached positions up to the token's own. The caches are
+    (positions, n_kv_heads, head_dim); n_heads / n_kv_heads neighbouring heads share a key head.
+    """
+    n, n_heads, head_dim = q.shape
+    n_pos, n_kv_heads = pos + n, k_cache.shape[1]
+    q = q.reshape(n, n_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # (n_kv_heads, group, n, ...)
+    k = k_cache[:n_pos].astype(q.dtype).transpose(1, 2, 0)  # (n_kv_heads, head_dim, n_pos)
+    v = v_cache[:n_pos].astype(q.dtype).transpose(1, 0, 2)  # (n_kv_heads, n_pos, head_dim)
+
+    scores = q @ k[:, None] / np.sqrt(q.dtype.type(head_dim))  # (n_kv_heads, group, n, n_pos)
+    in_future = np.arange(n_pos) > np.arange(pos, n_pos)[:, None]  # (n, n_pos)
+    scores[..., in_future] = -np.inf
+    weights = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
+    mixed: Floats = weights @ v[:, None] / np.sum(weights, axis=-1, keepdims=True)
+    return mixed.transpose(2, 0, 1, 3).reshape(n, n_heads * head_dim)
+
+
+def swiglu(gate_up: Floats) -> Floats:
+    """(..., gate | up) -> (..., hidden_dim): silu(gate) * up [Shazeer 2020, eq. 5]."""
+    gate, up = np.split(gate_up, 2, axis=-1)
+    decay = np.exp(-np.abs(gate))  # at most 1, where exp(-gate) would overflow below -88
+    y: Floats = gate * np.where(gate < 0, decay, 1) / (1 + decay) * up
+    return y
+
+
+class Reference:
+    """A Llama run by the functions above, in the floating type of its tensors.
+
+    `tensors` has the names of a weights file: dense matrices (rows, cols), `qkv_proj` and
+    `gate_up_proj` fused, vectors with `.weight`. With `int8`, what each matrix product reads is
+    quantized first. The cache rounds to `cache_dtype`: float16 as the engine's does.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Floats],
+        *,
+        int8: bool = False,
+        cache_dtype: npt.DTypeLike = np.float16,
+    ) -> None:
+        self.config = config
+        self.tensors = tensors
+        self.int8 = int8
+        self.n_past = 0  # positions that the cache holds
+        shape = (config.n_layers, config.max_seq_len, config.n_kv_heads, config.head_dim)
+        self.k_cache: Floats = np.zeros(shape, cache_dtype)
+        self.v_cache: Floats = np.zeros(shape, cache_dtype)
+
+    @classmethod
+    def from_weights(cls, file: WeightsFile, **options: Any) -> Self:
+        """The model that a weights file holds, dequantized to float32."""
+        tensors = {name: dequantize(file.matrix(name)) for name in file.matrix_names}
+        tensors |= {name: file.tensor(name) for name in layout.vectors(file.config)}
+        return cls(file.config, tensors, **options)
+
+    @classmethod
+    def from_source(cls, source: Source, **options: Any) -> Self:
+        """The model before quantization, in float32: what quality is measured against."""
+        tensors = {name: source.tensors[name].read() for name in layout.vectors(source.config)}
+        for matrix in layout.matrices(source.config):
+            parts = [source.tensors[name].read() for name, _ in matrix.parts]
+            tensors[matrix.name] = np.concatenate(parts)
+        return cls(source.config, tensors, **options)
+
+    def logits(self, token_ids: Iterable[int]) -> Floats:
+        """n ids of a new text -> (n, vocab_size): row i scores what follows token_ids[: i + 1]."""
+        self.n_past = 0
+        return self.extend(token_ids)
+
+    def step(self, token_id: int) -> Floats:
+        """One more token of the same text -> (vocab_size,)."""
+        scores: Floats = self.extend([token_id])[0]
+        return scores
+
+    def extend(self, token_ids: Iterable[int]) -> Floats:
+        """n more tokens of the same text -> (n, vocab_size)."""
+        c, t, pos = self.config, self.tensors, self.n_past
+        x = embed(t["model.embed_tokens"], np.fromiter(token_ids, np.int64))  # (n, dim)
+        for i in range(c.n_layers):
+            layer = f"model.layers.{i}"
+            k_cache, v_cache = self.k_cache[i], self.v_cache[i]
+
+            xn = rms_norm(x, t[f"{layer}.input_layernorm.weight"], c.norm_eps)
+            qkv = self._product(f"{layer}.self_attn.qkv_proj", xn)
+            q, k, v = np.split(qkv.reshape(len(x), -1, c.head_dim), self._heads, axis=1)
+            q, k = rope(q, pos, c.rope_theta), rope(k, pos, c.rope_theta)
+            cache_write(k_cache, v_cache, k, v, pos)
+            attn = attention(q, k_cache, v_cache, pos)
+            x = x + self._product(f"{layer}.self_attn.o_proj", attn)
+
+            xn = rms_norm(x, t[f"{layer}.post_attention_layernorm.weight"], c.norm_eps)
+            gate_up = self._product(f"{layer}.mlp.gate_up_proj", xn)
+            x = x + self._product(f"{layer}.mlp.down_proj", swiglu(gate_up))
+        self.n_past += len(x)
+        xn = rms_norm(x, t["model.norm.weight"], c.norm_eps)
+        return self._product("model.embed_tokens" if c.tie_embeddings else "lm_head", xn)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Where q ends and where k ends among the heads of the fused product."""
+        return self.config.n_heads, self.config.n_heads + self.config.n_kv_heads
+
+    def _product(self, name: str, x: Floats) -> Floats:
+        """W x; int8 activations enter as the numbers that they stand for."""
+        if self.int8:
+            x = dequantize_activations(*quantize_activations(x), x.shape[-1])
+        return matvec(self.tensors[name], x)

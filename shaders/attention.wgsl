@@ -1,0 +1,153 @@
+// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own, in splits: every split sees each
+// n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding); attention_combine joins them.
+// One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens). f32 over an f16 or f32 cache.
+
+//#import state
+
+override cache_f32: bool;
+
+struct Params {
+  n_heads: u32,
+  n_kv_heads: u32,
+  half_padded: u32,
+  max_pos: u32,
+  n_splits: u32,
+  scale: f32,  // 1 / sqrt(head_dim)
+}
+
+const LANES = 64u;
+const PER_LANE = 4u;  // positions of a tile that one lane scores
+const TILE = 256u;    // LANES * PER_LANE
+const NEVER = -1e30;  // below every score; not infinite, so that differences of two stay numbers
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> state: State;
+@group(0) @binding(2) var<storage, read> q: array<vec4<f32>>;           // (tokens, n_heads, 2, half_padded)
+@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;     // (n_kv_heads, max_pos, 1 or 2, half_padded)
+@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;
+@group(0) @binding(5) var<storage, read_write> partial: array<f32>;     // (tokens, n_heads, n_splits, 2 half_padded + 2)
+
+var<workgroup> weights: array<f32, TILE>;
+var<workgroup> lane_value: array<f32, LANES>;
+var<workgroup> sums: array<vec4<f32>, 128>;  // 2 * LANES
+
+struct Pair { lo: vec4<f32>, hi: vec4<f32> }  // elements i.. and i + head_dim / 2..
+
+fn unpack_f16(v: vec4<u32>) -> Pair {
+  let a = unpack2x16float(v.x);
+  let b = unpack2x16float(v.y);
+  let c = unpack2x16float(v.z);
+  let d = unpack2x16float(v.w);
+  return Pair(vec4<f32>(a.x, b.x, c.x, d.x), vec4<f32>(a.y, b.y, c.y, d.y));
+}
+
+fn key(row: u32, i: u32) -> Pair {  // row = head's positions before it + its own
+  let quads = params.half_padded / 4u;
+  if (cache_f32) {
+    let at = 2u * row * quads + i;
+    return Pair(bitcast<vec4<f32>>(k_cache[at]), bitcast<vec4<f32>>(k_cache[at + quads]));
+  }
+  return unpack_f16(k_cache[row * quads + i]);
+}
+
+fn value(row: u32, i: u32) -> Pair {
+  let quads = params.half_padded / 4u;
+  if (cache_f32) {
+    let at = 2u * row * quads + i;
+    return Pair(bitcast<vec4<f32>>(v_cache[at]), bitcast<vec4<f32>>(v_cache[at + quads]));
+  }
+  return unpack_f16(v_cache[row * quads + i]);
+}
+
+fn score(query: u32, row: u32) -> f32 {
+  let quads = params.half_padded / 4u;
+  var sum = 0.0;
+  for (var i = 0u; i < quads; i++) {
+    let k = key(row, i);
+    sum += dot(q[query + i], k.lo) + dot(q[query + quads + i], k.hi);
+  }
+  return sum * params.scale;
+}
+
+fn max_over_lanes(lane: u32, value: f32) -> f32 {
+  lane_value[lane] = value;
+  workgroupBarrier();
+  if (lane < 8u) {
+    var largest = NEVER;
+    for (var i = 0u; i < 8u; i++) { largest = max(largest, lane_value[8u * lane + i]); }
+    weights[lane] = largest;  // free until this tile's weights are written
+  }
+  workgroupBarrier();
+  var largest = NEVER;
+  for (var i = 0u; i < 8u; i++) { largest = max(largest, weights[i]); }
+  workgroupBarrier();
+  return largest;
+}
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
+  let split = group.x;
+  let head = group.y;
+  let token = group.z;
+  if (token >= state.n_tokens) { return; }
+  let quads = params.half_padded / 4u;
+  let length = state.pos + token + 1u;
+  let kv_head = head / (params.n_heads / params.n_kv_heads);
+  let query = (token * params.n_heads + head) * 2u * quads;
+  let first_row = kv_head * params.max_pos;
+
+  let n_groups = LANES / quads;  // groups of lanes that share a position's value row
+  let my_group = lane / quads;
+  let quad = lane % quads;
+  var running_max = NEVER;
+  var running_sum = 0.0;  // of this lane's own positions
+  var lo = vec4<f32>(0.0);
+  var hi = vec4<f32>(0.0);
+  for (var tile = split * TILE; tile < length; tile += params.n_splits * TILE) {
+    var scores = vec4<f32>(NEVER);
+    for (var i = 0u; i < PER_LANE; i++) {
+      let pos = tile + i * LANES + lane;
+      if (pos < length) { scores[i] = score(query, first_row + pos); }
+    }
+    let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
+    let new_max = max(running_max, tile_max);
+    let correction = exp(running_max - new_max);
+    running_max = new_max;
+    let e = exp(scores - new_max);  // NEVER becomes 0
+    for (var i = 0u; i < PER_LANE; i++) { weights[i * LANES + lane] = e[i]; }
+    running_sum = running_sum * correction + e.x + e.y + e.z + e.w;
+    workgroupBarrier();
+    lo *= correction;
+    hi *= correction;
+    if (my_group < n_groups) {
+      for (var i = my_group; i < min(TILE, length - tile); i += n_groups) {
+        let v = value(first_row + tile + i, quad);
+        lo += weights[i] * v.lo;
+        hi += weights[i] * v.hi;
+      }
+    }
+    workgroupBarrier();
+  }
+
+  lane_value[lane] = running_sum;
+  sums[2u * lane] = lo;
+  sums[2u * lane + 1u] = hi;
+  workgroupBarrier();
+  let out = ((token * params.n_heads + head) * params.n_splits + split) * (2u * params.half_padded + 2u);
+  if (lane < quads) {
+    for (var i = 1u; i < n_groups; i++) {
+      lo += sums[2u * (i * quads + lane)];
+      hi += sums[2u * (i * quads + lane) + 1u];
+    }
+    for (var k = 0u; k < 4u; k++) {
+      partial[out + 4u * lane + k] = lo[k];
+      partial[out + params.half_padded + 4u * lane + k] = hi[k];
+    }
+  }
+  if (lane == 0u) {
+    var total = 0.0;
+    for (var i = 0u; i < LANES; i++) { total += lane_value[i]; }
+    partial[out + 2u * params.half_padded] = running_max;
+    partial[out + 2u * params.half_padded + 1u] = total;
+  }
+}

@@ -1,0 +1,33 @@
+// entries[segment, row] = (bit within the row) * n_states + state, where a lane may enter the row's stream.
+// Run once at load. One lane walks one row; entries of segment 0 are the file's initial states.
+// Dispatch: ceil(rows / 32).
+
+//#import ans
+//#import stream
+//#import matrix
+
+struct Params {
+  rows: u32,
+  rows_padded: u32,
+  n_segments: u32,
+  segment_blocks: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> words: array<u32>;
+@group(0) @binding(2) var<storage, read> row_info: array<Row>;
+@group(0) @binding(3) var<storage, read> table: array<u32>;
+@group(0) @binding(4) var<storage, read_write> entries: array<u32>;  // (n_segments, rows_padded)
+
+fn table_entry(state: u32) -> u32 { return table[state]; }
+
+@compute @workgroup_size(32)
+fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+  if (id.x >= params.rows) { return; }
+  let bit = row_info[id.x].bit;
+  var s = open_stream(bit, entries[id.x]);
+  for (var segment = 1u; segment < params.n_segments; segment++) {
+    for (var half = 0u; half < 2u * params.segment_blocks; half++) { _ = decode16(&s); }
+    entries[segment * params.rows_padded + id.x] = (stream_bit(&s) - bit) * n_states + s.state;
+  }
+}

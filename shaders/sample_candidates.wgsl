@@ -1,0 +1,53 @@
+// The best token of each slice of the vocabulary: greedy the largest logit, otherwise the largest of
+// logit / temperature + Gumbel noise above the threshold, which draws from the softmax exactly and needs no sum
+// (Gumbel 1954; Maddison et al. 2014). The noise is a hash of (seed, position, token): the same seed, the same text.
+// Lane = one token of the slice. Dispatch: ceil(vocab_size / lanes).
+
+//#import state
+//#import sampling
+
+override lanes: u32;
+
+struct Params { vocab_size: u32 }
+
+struct Candidate { score: f32, token: u32 }
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> state: State;
+@group(0) @binding(2) var<storage, read> sampling: Sampling;
+@group(0) @binding(3) var<storage, read> logits: array<f32>;
+@group(0) @binding(4) var<storage, read> threshold: array<f32>;
+@group(0) @binding(5) var<storage, read_write> candidates: array<Candidate>;  // one a workgroup
+
+var<workgroup> best: array<Candidate, lanes>;
+
+fn pcg(value: u32) -> u32 {  // Jarzynski & Olano 2020, "Hash Functions for GPU Rendering": pcg
+  let state = value * 747796405u + 2891336453u;
+  let word = ((state >> ((state >> 28u) + 4u)) ^ state) * 277803737u;
+  return (word >> 22u) ^ word;
+}
+
+fn gumbel(token: u32) -> f32 {
+  let hash = pcg(token ^ pcg((state.pos + state.n_tokens) ^ pcg(state.seed)));
+  let uniform_ = (f32(hash >> 9u) + 0.5) * exp2(-23.0);  // 23 bits: neither 0 nor 1 after rounding
+  return -log(-log(uniform_));
+}
+
+@compute @workgroup_size(lanes)
+fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
+  let token = group.x * lanes + lane;
+  var score = -3.4e38;
+  if (token < params.vocab_size) {
+    score = logits[token];
+    if (sampling.temperature > 0.0) {
+      score = select(-3.4e38, score / sampling.temperature + gumbel(token), score >= threshold[0]);
+    }
+  }
+  best[lane] = Candidate(score, token);
+  workgroupBarrier();
+  for (var stride = lanes / 2u; stride > 0u; stride >>= 1u) {
+    if (lane < stride && best[lane + stride].score > best[lane].score) { best[lane] = best[lane + stride]; }
+    workgroupBarrier();
+  }
+  if (lane == 0u) { candidates[group.x] = best[0]; }
+}

@@ -1,0 +1,79 @@
+// The code: tANS over pairs of weights, four weights (two pairs and their raw bits) at a time.
+// Format facts only; how the bits arrive is the business of the stream that is imported beside this file.
+// Beside it stands stream.wgsl or stream_wide.wgsl (Stream, window, advance, refill), and the importer provides
+// table_entry(state) -> u32.
+
+override n_states: u32;  // 2048 or 4096
+override raw_bits: u32;  // 0..4 low bits per weight that are stored as they are
+
+// A table entry: nbits in bits 0..4 | symbol 0 in 8..12 | symbol 1 in 16..20 | base in 21..31.
+// nbits sits lowest so that the entry itself is the shift amount; with 2^12 states base is even and stored halved.
+const SYMBOLS: u32 = 0x1F1Fu;
+const NBITS: u32 = 31u;
+
+fn entry_base(entry: u32) -> u32 {
+  if (n_states == 2048u) { return entry >> 21u; }
+  return (entry >> 20u) & 0xFFEu;
+}
+
+// state' = base + the next nbits bits; nbits >= 1, so the shift is at most 31.
+fn next_state(entry: u32, window: u32) -> u32 {
+  return entry_base(entry) + (window >> ((0u - entry) & NBITS));
+}
+
+// Four symbols, one a byte, from the entries of two pairs.
+fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
+  return ((pair0 >> 8u) & SYMBOLS) | ((pair1 << 8u) & (SYMBOLS << 16u));
+}
+
+// The 4 * raw_bits leading bits of the window, weight 0 lowest, spread to one field a byte.
+fn raw_bytes(window: u32) -> u32 {
+  if (raw_bits == 0u) { return 0u; }
+  let field = window >> ((32u - 4u * raw_bits) & 31u);
+  let halves = (field | (field << (16u - 2u * raw_bits))) & (((1u << (2u * raw_bits)) - 1u) * 0x10001u);
+  return (halves | (halves << (8u - raw_bits))) & (((1u << raw_bits) - 1u) * 0x01010101u);
+}
+
+// Sixteen decoded weights: byte k of `symbol[j]` and `low[j]` belongs to column 4 j + k, and
+// weight = ((symbol + min_symbol) << raw_bits) + low.
+struct Weights {
+  symbol: vec4<u32>,
+  low: vec4<u32>,
+}
+
+fn weight_at(w: Weights, column: u32) -> u32 {  // without min_symbol
+  let shift = (column & 3u) * 8u;
+  let symbol = (w.symbol[column >> 2u] >> shift) & 255u;
+  return (symbol << raw_bits) + ((w.low[column >> 2u] >> shift) & 255u);
+}
+
+fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // symbol bytes, raw bytes
+  var bits = window(s);
+  let low = raw_bytes(bits);
+  bits = bits << (4u * raw_bits);
+  let pair0 = table_entry((*s).state);
+  (*s).state = next_state(pair0, bits);
+  var used = 4u * raw_bits;
+  if (raw_bits > 2u) {  // two pairs no longer fit one window: more than 32 bits
+    advance(s, used + (pair0 & NBITS));
+    bits = window(s);
+    used = 0u;
+  } else {
+    bits = bits << (pair0 & NBITS);
+    used += pair0 & NBITS;
+  }
+  let pair1 = table_entry((*s).state);
+  (*s).state = next_state(pair1, bits);
+  advance(s, used + (pair1 & NBITS));
+  return vec2<u32>(symbol_bytes(pair0, pair1), low);
+}
+
+fn decode16(s: ptr<function, Stream>) -> Weights {
+  let a = decode4(s);
+  let b = decode4(s);
+  if (raw_bits > 2u) { refill(s); }  // at most 80 bits since the last one
+  let c = decode4(s);
+  let d = decode4(s);
+  refill(s);  // at most 128 bits since the last one
+  return Weights(vec4<u32>(a.x, b.x, c.x, d.x), vec4<u32>(a.y, b.y, c.y, d.y));
+}

@@ -1,0 +1,72 @@
+// Dot products of decoded weights with activations that are int8 digits: x = scale (d0 + d1 / 254 + d2 / 254^2),
+// one scale for 32 columns. One digit is the int8 mode; three carry 23 bits below the block's largest value, no less
+// than f32 rounding leaves of a sum, and are the exact mode. The integer sums are exact in both.
+// The importer provides  x_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),  x_scale: array<vec2<f32>>
+// (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset  (min_symbol << raw_bits).
+
+override tokens: u32;         // 1..MAX_TOKENS
+override digits: u32;         // 1 or 3
+override rows_per_lane: u32;  // 1..MAX_ROWS: the activations are loaded once for all of them
+
+const MAX_ROWS = 4u;
+const DIGIT = 1.0 / 254.0;
+
+alias Sums = array<f32, MAX_TOKENS>;
+
+// Decode 32 columns of a lane's rows once, use them for every token.
+fn accumulate_block(streams: ptr<function, array<Stream, MAX_ROWS>>, block: u32,
+                    sums: ptr<function, array<Sums, MAX_ROWS>>) {
+  var a: array<Weights, MAX_ROWS>;
+  var b: array<Weights, MAX_ROWS>;
+  for (var r = 0u; r < rows_per_lane; r++) {
+    var s = (*streams)[r];
+    a[r] = decode16(&s);
+    b[r] = decode16(&s);
+    (*streams)[r] = s;
+  }
+  for (var t = 0u; t < tokens; t++) {
+    var dot = array<f32, MAX_ROWS>();  // spelled out: without it naga does not zero it again in the next round
+    for (var digit = digits; digit > 0u; digit--) {
+      let at = ((t * digits + digit - 1u) * params.n_blocks + block) * 2u;
+      let x0 = x_digits[at];
+      let x1 = x_digits[at + 1u];
+      for (var r = 0u; r < rows_per_lane; r++) {
+        dot[r] = dot[r] * DIGIT + f32(dot16(a[r], x0) + dot16(b[r], x1));
+      }
+    }
+    let x = x_scale[t * params.n_blocks + block];
+    for (var r = 0u; r < rows_per_lane; r++) { (*sums)[r][t] += dot[r] * x.x + f32(params.offset) * x.y; }
+  }
+}
+
+fn dot16(w: Weights, x: vec4<u32>) -> i32 {
+  if (raw_bits <= 2u) {  // symbol and low bits are at most 127 together: one signed byte
+    return dot_bytes((w.symbol << vec4<u32>(raw_bits)) | w.low, x);
+  }
+  return (dot_bytes(w.symbol, x) << raw_bits) + dot_bytes(w.low, x);
+}
+
+fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
+  return dot4I8Packed(w.x, x.x) + dot4I8Packed(w.y, x.y) + dot4I8Packed(w.z, x.z) + dot4I8Packed(w.w, x.w);
+}
+
+fn add_outliers(row: Row, sums: Sums) -> Sums {
+  var total = sums;
+  for (var k = 0u; k < row.n_outliers; k++) {
+    let outlier = outliers[row.first_outlier + k];
+    for (var t = 0u; t < tokens; t++) {
+      total[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
+    }
+  }
+  return total;
+}
+
+fn activation(token: u32, column: u32) -> f32 {
+  let shift = (column & 3u) * 8u;
+  var x = 0.0;
+  for (var digit = digits; digit > 0u; digit--) {
+    let group = x_digits[(token * digits + digit - 1u) * 2u * params.n_blocks + (column >> 4u)];
+    x = x * DIGIT + f32(extractBits(bitcast<i32>(group[(column >> 2u) & 3u]), shift, 8u));
+  }
+  return x * x_scale[token * params.n_blocks + (column >> 5u)].x;
+}

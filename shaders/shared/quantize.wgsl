@@ -1,0 +1,38 @@
+// Activations to int8 digits (see dot.wgsl), four columns a lane, eight neighbouring lanes a block of 32.
+// The importer provides  x_digits: array<u32>  (tokens, digits, 4-column groups)  and  x_scale: array<vec2<f32>>.
+
+override lanes: u32;   // of the workgroup; a multiple of 8
+override digits: u32;  // 1 or 3
+
+var<workgroup> block_max: array<f32, lanes>;
+var<workgroup> block_sum: array<f32, lanes>;
+
+// To be called by all lanes of the workgroup; `group` = column / 4; groups past the end carry v = 0 and write nothing.
+fn quantize4(v: vec4<f32>, lane: u32, token: u32, group: u32, n_blocks: u32) {
+  let size = abs(v);
+  workgroupBarrier();  // the last call's readers are done
+  block_max[lane] = max(max(size.x, size.y), max(size.z, size.w));
+  workgroupBarrier();
+  let first = lane & ~7u;
+  var largest = 0.0;
+  for (var i = 0u; i < 8u; i++) { largest = max(largest, block_max[first + i]); }
+  let scale = largest / 127.0;
+  var rest = select(vec4<f32>(0.0), v / scale, largest > 0.0);
+  var sum = 0.0;
+  var unit = 1.0;
+  let used = group < n_blocks * 8u;
+  for (var digit = 0u; digit < digits; digit++) {
+    let q = vec4<i32>(round(rest));
+    if (used) { x_digits[((token * digits + digit) * n_blocks * 8u) + group] = pack4xI8(q); }
+    sum += unit * f32(q.x + q.y + q.z + q.w);
+    rest = (rest - vec4<f32>(q)) * 254.0;
+    unit = unit / 254.0;
+  }
+  block_sum[lane] = sum;
+  workgroupBarrier();
+  if (used && (lane & 7u) == 0u) {
+    sum = 0.0;
+    for (var i = 0u; i < 8u; i++) { sum += block_sum[lane + i]; }
+    x_scale[token * n_blocks + (group >> 3u)] = vec2<f32>(scale, scale * sum);
+  }
+}
