@@ -1,0 +1,68 @@
+"""The choice of a code: what it predicts, what it prefers, and that every histogram gets one."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codec.choice import MAX_INTEGER, MAX_RAW_BITS, choose_code
+from codec.matrix import encode_matrix
+from codec.table import MAX_SYMBOLS
+
+
+@given(
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=90).filter(any),
+    st.integers(-100, 20),
+    st.sampled_from([11, 12]),
+)
+def test_every_histogram_has_a_code(counts, lowest, log2_states):
+    code = choose_code(np.array(counts), lowest, log2_states)
+    assert 0 <= code.raw_bits <= MAX_RAW_BITS
+    assert 2 <= code.n_symbols <= MAX_SYMBOLS
+    assert code.min_symbol <= 0 < code.min_symbol + code.n_symbols
+    p = np.array(counts)[np.array(counts) > 0] / sum(counts)
+    assert code.bits > -sum(counts) * (p @ np.log2(p)) * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("log2_states", [11, 12])
+@pytest.mark.parametrize("kind", ["normal", "laplace", "gumbel"])
+@pytest.mark.parametrize("sigma", [0.7, 2, 9, 70])
+def test_prediction_is_what_the_encoder_needs(sigma, kind, log2_states):
+    rng = np.random.default_rng(5)
+    q = np.rint(getattr(rng, kind)(size=(60, 3000)) * sigma).astype(np.int32)
+    code = choose_code(np.bincount(q.ravel() - q.min()), int(q.min()), log2_states)
+    m = encode_matrix(q, np.ones(60), log2_states)
+    assert (m.raw_bits, m.min_symbol, m.marginal.size) == code[:3]
+    assert m.payload_bits + 32 * m.outliers.size == pytest.approx(code.bits, rel=0.002)
+
+
+def gaussian_counts(sigma):
+    q = np.arange(-round(8 * sigma), round(8 * sigma) + 1)
+    return np.exp(-0.5 * (q / sigma) ** 2) * 1e6, int(q[0])
+
+
+def test_raw_bits_grow_with_the_range():
+    chosen = [choose_code(*gaussian_counts(sigma), 12).raw_bits for sigma in (1, 2, 6, 12, 24, 60)]
+    assert chosen == sorted(chosen)
+    assert (chosen[0], chosen[-1]) == (0, MAX_RAW_BITS)
+
+
+def test_far_weights_become_outliers():
+    counts, lowest = gaussian_counts(2)
+    counts = np.append(counts, np.zeros(1000))
+    near = choose_code(counts, lowest, 12)
+    counts[-1] = 3
+    far = choose_code(counts, lowest, 12)
+    assert far[:3] == near[:3]
+    assert 3 * 32 < far.bits - near.bits < 3 * 64
+
+
+def test_one_sided_weights_keep_zero_in_range():
+    assert choose_code(np.array([5]), 3, 12)[:3] == (0, 0, 4)
+    assert choose_code(np.array([5]), -3, 12)[:3] == (0, -3, 4)
+    assert choose_code(np.array([5]), 0, 12)[:3] == (0, 0, 2)
+
+
+@pytest.mark.parametrize("q", [-MAX_INTEGER, MAX_INTEGER])
+def test_the_largest_integer_has_a_code(q):
+    assert choose_code(np.array([1]), q, 12).raw_bits == MAX_RAW_BITS

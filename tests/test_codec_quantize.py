@@ -1,0 +1,111 @@
+"""The quantizer: its grid, its histogram, and the rate it aims at."""
+
+import numpy as np
+import pytest
+
+from codec.matrix import encode_matrix
+from codec.quantize import (
+    bisect_constant,
+    histogram,
+    predicted_bits,
+    quantize,
+    row_steps,
+)
+
+
+def weights(rows, cols, seed=7):
+    """Rows of very different size, some heavy-tailed, one of zeros."""
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(rows, cols)) * rng.uniform(0.001, 2, (rows, 1))
+    w[1::3] *= rng.laplace(size=(len(w[1::3]), cols))
+    w[rows // 2] = 0
+    return w.astype(np.float32)
+
+
+def test_steps_are_c_times_rms():
+    w = np.array([[3, -4, 0, 0], [0, 0, 0, 0], [1e-3, 1e-3, -1e-3, 1e-3]], np.float32)
+    steps = row_steps(w, 0.5)
+    assert steps.dtype == np.float16
+    assert steps.tolist() == [1.25, 0, float(np.float16(0.0005))]
+
+
+def test_rounding_is_to_nearest_ties_to_even():
+    w = np.array([[0.25, 0.75, 1.25, -0.75, 0.7, -9.9]], np.float32)
+    q = quantize(w, np.array([0.5], np.float16))
+    assert q.dtype == np.int32
+    assert q.tolist() == [[0, 2, 2, -2, 1, -20]]
+
+
+def test_rows_without_step_are_zero():
+    w = np.array([[0, 0], [1e-12, -1e-12]], np.float32)  # the second's step is 0 in float16
+    assert quantize(w, row_steps(w, 0.3)).tolist() == [[0, 0], [0, 0]]
+
+
+def test_error_is_at_most_half_a_step():
+    w = weights(33, 70)
+    steps = row_steps(w, 0.2)
+    error = np.abs(quantize(w, steps) * steps.astype(np.float64)[:, None] - w)
+    # The float32 quotient is off by 2^-24 of itself, and |q| < 2^7.
+    assert (error <= steps.astype(np.float64)[:, None] * (0.5 + 2.0**-17)).all()
+
+
+@pytest.mark.parametrize("c", [2.0, 0.5, 0.1, 0.01])
+def test_histogram_tells_the_integers(c):
+    w = weights(200, 501)
+    w[3, 4] = 400 * w[3].std()  # far beyond the histogram
+    counts, lowest = histogram(w).integers(c)
+    assert counts.sum() == pytest.approx(w.size)
+    q = quantize(w, row_steps(w, c))
+    expected = np.bincount(np.clip(q, lowest, -lowest).ravel() - lowest, minlength=counts.size)
+    # Only the step's rounding to float16, and bins across an edge, put some weights next door.
+    moved = np.abs(np.cumsum(counts - expected))
+    assert moved.max() < 0.01 * w.size
+    assert counts[-lowest] >= 501  # zeros are zeros
+
+
+def test_histogram_takes_every_row(monkeypatch):
+    w = weights(33, 70)
+    whole = histogram(w)
+    monkeypatch.setattr("codec.quantize._CHUNK_WEIGHTS", 500)
+    assert np.array_equal(histogram(w).below, whole.below)
+    assert whole.below[-1] == w.size
+
+
+@pytest.mark.parametrize("log2_states", [11, 12])
+@pytest.mark.parametrize("bits", [2, 3.25, 4.5, 6, 8])
+def test_constant_meets_the_asked_rate(bits, log2_states):
+    model = [weights(300, 600, 1), weights(200, 1001, 2), weights(700, 300, 3)]
+    c = bisect_constant([histogram(w) for w in model], bits, log2_states)
+    stored = 0
+    for w in model:
+        steps = row_steps(w, c)
+        stored += encode_matrix(quantize(w, steps), steps, log2_states).stored_bits
+    assert stored / sum(w.size for w in model) == pytest.approx(bits, abs=0.02)
+
+
+def test_prediction_falls_with_c():
+    h = histogram(weights(100, 300))
+    bits = [predicted_bits(h, c) for c in (0.01, 0.03, 0.1, 0.3, 1, 3)]
+    assert bits == sorted(bits, reverse=True)
+
+
+@pytest.mark.parametrize("bits", [0.1, 15, float("nan")])
+def test_rates_out_of_reach_are_refused(bits):
+    with pytest.raises(ValueError, match="cannot be had"):
+        bisect_constant([histogram(weights(30, 100))], bits)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_weights_that_are_not_finite_are_refused(value):
+    w = weights(33, 70)
+    w[20, 3] = value
+    for reader in (histogram, lambda w: row_steps(w, 0.1)):
+        with pytest.raises(ValueError, match="row 20 has weights that are not finite"):
+            reader(w)
+
+
+def test_steps_beyond_float16_are_refused():
+    w = weights(33, 70)
+    w[20] = 1e6
+    with pytest.raises(ValueError, match="weights of row 20 are too large"):
+        row_steps(w, 0.1)

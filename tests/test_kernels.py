@@ -1,0 +1,499 @@
+"""Each kernel against its numpy twin, on sizes that are multiples of nothing. Integers are compared with ==.
+
+F32 is half an ulp of float32 relative to the value; an n-term sum in any order is off by at most n * F32 * sum |terms|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from codec.matrix import CodedMatrix, decode_matrix, dequantize, encode_matrix, entry_points
+from engine.device import Device
+from engine.kernel import Kernels
+from engine.plan import Plan, run
+from engine.sampler import Sampler, Sampling
+from model import reference
+from model.gpu_matrix import Activations, GpuMatrix
+from model.llama import MAX_TOKENS, rope_table
+
+pytestmark = pytest.mark.gpu
+
+F32 = 2.0**-24
+DIGIT_UNIT = {1: 0.5, 3: 0.5 / 254**2}  # rounding of the last digit, in units of the block's scale
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels(Device.open())
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def coded(rng: np.random.Generator, rows: int, cols: int, spread: float, log2_states: int) -> CodedMatrix:
+    """A matrix with tails heavy enough for outliers; a larger spread gets more raw bits."""
+    q = np.round(rng.laplace(size=(rows, cols)) * spread).astype(np.int32)
+    return encode_matrix(q, rng.uniform(0.01, 0.1, rows).astype(np.float16), log2_states)
+
+
+def digit_activations(
+    rng: np.random.Generator, device: Device, tokens: int, digits: int, cols: int
+) -> tuple[Activations, np.ndarray]:
+    """Random digits on the device, and the float64 (tokens, cols) that they stand for."""
+    n_blocks = -(-cols // 32)
+    d = np.zeros((tokens, digits, n_blocks * 32), np.int8)
+    d[..., :cols] = rng.integers(-127, 128, size=(tokens, digits, cols))
+    scale = rng.uniform(0.1, 1, (tokens, n_blocks)).astype(np.float32)
+    x = sum(d[:, i] / 254.0**i for i in range(digits)) * np.repeat(scale, 32, axis=1)
+    sums = x.reshape(tokens, n_blocks, 32).sum(axis=2)
+    pair = np.stack([scale, sums.astype(np.float32)], axis=-1)
+    return Activations(device.upload("digits", d), device.upload("scale", pair)), x[:, :cols]
+
+
+def read_activations(device: Device, a: Activations, tokens: int, digits: int, cols: int) -> dict[str, np.ndarray]:
+    n_blocks = -(-cols // 32)
+    d = device.read(a.digits, np.int8, (tokens, digits, n_blocks * 32))
+    scale = device.read(a.scale, np.float32, (tokens, n_blocks, 2)).astype(np.float64)
+    x = sum(d[:, i] / 254.0**i for i in range(digits)) * np.repeat(scale[..., 0], 32, axis=1)
+    return {"x": x[:, :cols], "padding": x[:, cols:], "scale": scale[..., 0], "sum": scale[..., 1]}
+
+
+def check_quantized(
+    assert_close: Callable[..., None], got: dict[str, np.ndarray], want: np.ndarray, digits: int, error: Any
+) -> None:
+    """Digits on the device against the float64 values they should stand for, themselves known to `error`."""
+    tokens, cols = want.shape
+    n_blocks = -(-cols // 32)
+    padded = np.zeros((tokens, n_blocks * 32))
+    padded[:, :cols] = want
+    blocks = padded.reshape(tokens, n_blocks, 32)
+    scale = np.abs(blocks).max(axis=2) / 127
+    # The division by the scale and the digits' remainders round in f32 at up to 127 scales.
+    tolerance = scale * (DIGIT_UNIT[digits] + 4 * 127 * F32)
+    assert_close(got["x"], want, np.repeat(tolerance, 32, axis=1)[:, :cols] + error)
+    assert not got["padding"].any()
+    x = np.zeros_like(padded)
+    x[:, :cols] = got["x"]
+    assert_close(got["sum"], x.reshape(tokens, n_blocks, 32).sum(axis=2), 64 * F32 * 127 * 32 * scale)
+
+
+# (rows, cols, spread, log2_states): rows below, at and beside the tile; columns odd and beside the blocks; the spreads
+# lead to 0 to 4 raw bits.
+MATRICES = [
+    (7, 33, 1.0, 11),
+    (65, 575, 2.5, 12),
+    (100, 70, 6.0, 11),
+    (33, 1030, 12.0, 12),
+    (1, 2, 25.0, 11),
+    (40, 130, 40.0, 12),
+]
+
+
+def test_matrices_cover_every_number_of_raw_bits(rng: np.random.Generator) -> None:
+    assert {coded(rng, *matrix).raw_bits for matrix in MATRICES} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_matvec(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, float, int],
+    whole_rows: bool,
+    tokens: int,
+    digits: int,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = coded(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    a, x = digit_activations(rng, kernels.device, tokens, digits, m.cols)
+    y = gpu.output("y", tokens)
+    kernels.device.write(y.buffer, np.full(y.buffer.size // 4, np.nan, np.float32))
+    run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=digits)))
+    got = kernels.device.read(y.buffer, np.float32, (y.splits, tokens, m.rows)).sum(axis=0)
+
+    w = dequantize(m).astype(np.float64)
+    want = x @ w.T
+    # Integer dots are exact. Each block adds its dot and the offset that symbols are counted from, which may be as
+    # large as 128 * 2^raw_bits steps; then blocks, outliers and the scale: n_blocks + 8 roundings of such terms.
+    scale = m.scale.astype(np.float64)
+    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
+    terms = np.abs(x) @ (symbols * scale[:, None]).T
+    assert_close(got, want, (gpu.n_blocks + 8) * F32 * terms)
+
+
+def test_matvec_kernels_agree_bit_for_bit(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one segment a row both add the same blocks in the same order."""
+    m = coded(rng, 50, 30, 3.0, 12)
+    a, _ = digit_activations(rng, kernels.device, 1, 1, m.cols)
+    results = []
+    for whole_rows in (True, False):
+        monkeypatch.setattr(kernels.device, "software", whole_rows)
+        gpu = GpuMatrix(kernels, "w", m)
+        y = gpu.output("y", 1)
+        run(kernels.device, Plan(gpu.matvec(a, y, tokens=1, digits=1)))
+        results.append(kernels.device.read(y.buffer, np.float32, (m.rows,)))
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
+def test_matvec_in_parts_equals_whole(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    m = coded(rng, 400, 331, 3.0, 12)
+    a, _ = digit_activations(rng, kernels.device, tokens, 1, m.cols)
+    results, parts = [], []
+    for limit in (kernels.device.max_binding_bytes, 20_000):
+        monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
+        gpu = GpuMatrix(kernels, "w", m)
+        monkeypatch.undo()
+        parts.append(len(gpu.parts))
+        y = gpu.output("y", tokens)
+        run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=1)))
+        results.append(kernels.device.read(y.buffer, np.float32, (y.splits, tokens, m.rows)))
+    assert parts[0] == 1 and parts[1] > 2
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_entry_points(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, matrix: tuple[int, int, float, int]
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", False)
+    m = coded(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    (part,) = gpu.parts
+    got = kernels.device.read(part.entries, np.uint32, (gpu.n_segments, part.rows_padded))
+    want, _, _ = entry_points(m, 32 * gpu.segment_blocks)
+    assert (got[:, : m.rows] == want).all()
+    assert not got[:, m.rows :].any()
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_embed(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, float, int],
+    whole_rows: bool,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = coded(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    tokens = rng.integers(0, m.rows, MAX_TOKENS)
+    state = kernels.device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
+    x = kernels.device.empty("x", 4 * MAX_TOKENS * m.cols)
+    run(kernels.device, Plan(gpu.embed(state, x, tokens=MAX_TOKENS)))
+    got = kernels.device.read(x, np.float32, (MAX_TOKENS, m.cols))
+    want = reference.embed(dequantize(m), tokens)
+    # One product; at an outlier two products of no more than 2^17 steps each, and their sum.
+    scale = m.scale.astype(np.float64)[tokens, None]
+    assert_close(got, want, F32 * np.abs(want) + F32 * np.where(np.abs(want) > 16 * scale, 4 * np.abs(want), 0))
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("dim", [40, 576, 1003])
+@pytest.mark.parametrize("splits", [0, 3])
+def test_rms_norm(
+    kernels: Kernels, rng: np.random.Generator, assert_close: Callable[..., None], dim: int, digits: int, splits: int
+) -> None:
+    device, tokens, eps = kernels.device, 3, 1e-5
+    x0 = rng.normal(size=(tokens, dim)).astype(np.float32)
+    y = rng.normal(size=(max(1, splits), tokens, dim)).astype(np.float32)
+    weight = rng.normal(1, 0.3, dim).astype(np.float32)
+    x, out = device.upload("x", x0), Activations.empty(device, "xn", tokens, digits, dim)
+    dispatch = kernels.get("rms_norm", lanes=64, digits=digits).dispatch(
+        [1, tokens],
+        dict(dim=dim, n_blocks=-(-dim // 32), splits=splits, tokens=tokens, last=0, eps=eps),
+        state=device.empty("state", 48),
+        y=device.upload("y", y),
+        weight=device.upload("weight", weight),
+        x=x,
+        x_digits=out.digits,
+        x_scale=out.scale,
+    )
+    run(device, Plan([dispatch]))
+    sums = x0.astype(np.float64) + y[:splits].astype(np.float64).sum(axis=0)
+    terms = np.abs(x0) + np.abs(y[:splits]).sum(axis=0)
+    assert_close(device.read(x, np.float32, x0.shape), sums, (splits + 1) * F32 * terms)
+    want = reference.rms_norm(sums, weight.astype(np.float64), eps)
+    # Inputs off by splits + 1 roundings, the mean of squares by dim of them (half of that after the root), inverseSqrt
+    # by 2 ulp (WGSL) and three products.
+    relative = (splits + 1 + dim / 2 + 4 + 3) * F32
+    error = relative * np.abs(want) + (splits + 1) * F32 * terms / np.sqrt((sums**2).mean(axis=1, keepdims=True)) * 2
+    check_quantized(assert_close, read_activations(device, out, tokens, digits, dim), want, digits, error)
+
+
+def test_rms_norm_of_the_last_token_goes_to_row_0(kernels: Kernels, rng: np.random.Generator) -> None:
+    device, tokens, dim = kernels.device, 5, 70
+    x0 = rng.normal(size=(tokens, dim)).astype(np.float32)
+    weight = device.upload("weight", np.ones(dim, np.float32))
+
+    def norm(n_tokens: int, last: int) -> np.ndarray:
+        out = Activations.empty(device, "xn", tokens, 1, dim)
+        dispatch = kernels.get("rms_norm", lanes=64, digits=1).dispatch(
+            [1, 1 if last else tokens],
+            dict(dim=dim, n_blocks=3, splits=0, tokens=tokens, last=last, eps=1e-5),
+            state=device.upload("state", np.array([0, n_tokens] + [0] * 10, np.uint32)),
+            y=device.empty("y", 4 * tokens * dim),
+            weight=weight,
+            x=device.upload("x", x0),
+            x_digits=out.digits,
+            x_scale=out.scale,
+        )
+        run(device, Plan([dispatch]))
+        return read_activations(device, out, tokens, 1, dim)["x"]
+
+    assert (norm(4, last=1)[0] == norm(5, last=0)[3]).all()
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+def test_a_block_of_zeros_has_scale_zero(kernels: Kernels, digits: int) -> None:
+    device, hidden = kernels.device, 40
+    out = Activations.empty(device, "h", 1, digits, hidden)
+    device.write(out.digits, np.full(64 * digits, 77, np.int8))
+    dispatch = kernels.get("swiglu", lanes=64, digits=digits).dispatch(
+        [1, 1],
+        dict(hidden_dim=hidden, n_blocks=2, splits=1, tokens=1),
+        y=device.empty("y", 8 * hidden),
+        x_digits=out.digits,
+        x_scale=out.scale,
+    )
+    run(device, Plan([dispatch]))
+    got = read_activations(device, out, 1, digits, hidden)
+    assert not any(values.any() for values in got.values())
+    assert not device.read(out.digits, np.int8, (64 * digits,)).any()
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("hidden_dim", [70, 1536])
+def test_swiglu(
+    kernels: Kernels, rng: np.random.Generator, assert_close: Callable[..., None], hidden_dim: int, digits: int
+) -> None:
+    device, tokens, splits = kernels.device, 2, 2
+    y = (rng.normal(size=(splits, tokens, 2 * hidden_dim)) * 4).astype(np.float32)
+    out = Activations.empty(device, "h", tokens, digits, hidden_dim)
+    n_blocks = -(-hidden_dim // 32)
+    dispatch = kernels.get("swiglu", lanes=64, digits=digits).dispatch(
+        [-(-n_blocks * 8 // 64), tokens],
+        dict(hidden_dim=hidden_dim, n_blocks=n_blocks, splits=splits, tokens=tokens),
+        y=device.upload("y", y),
+        x_digits=out.digits,
+        x_scale=out.scale,
+    )
+    run(device, Plan([dispatch]))
+    sums = y.astype(np.float64).sum(axis=0)
+    want = reference.swiglu(sums)
+    # silu and the product grow by at most 1.1 |other| a unit of input error; exp is good to (3 + 2 |g|) ulp (WGSL).
+    gate, up = np.abs(sums[:, :hidden_dim]), np.abs(sums[:, hidden_dim:])
+    rounding = 2 * F32 * np.abs(y).sum(axis=0)
+    error = 1.1 * rounding[:, :hidden_dim] * up + rounding[:, hidden_dim:] * gate
+    error += np.abs(want) * (2 * (3 + 2 * gate) + 8) * F32
+    check_quantized(assert_close, read_activations(device, out, tokens, digits, hidden_dim), want, digits, error)
+
+
+HEADS = [(6, 2, 16), (4, 4, 10), (9, 3, 64), (2, 1, 128)]
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(("pos", "n_tokens"), [(0, 1), (3, 5), (254, 8), (700, 3)])
+@pytest.mark.parametrize(("n_splits", "cache_f32"), [(1, False), (3, False), (2, True)])
+def test_rope_cache_and_attention(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    pos: int,
+    n_tokens: int,
+    n_splits: int,
+    cache_f32: bool,
+) -> None:
+    device, max_pos, theta, splits = kernels.device, 720, 10000.0, 2
+    half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
+    all_heads = n_heads + 2 * n_kv_heads
+    tokens = MAX_TOKENS
+    cache_type = np.float32 if cache_f32 else np.float16
+    past = rng.normal(size=(2, max_pos, n_kv_heads, head_dim)).astype(cache_type)
+    y = rng.normal(size=(splits, tokens, all_heads * head_dim)).astype(np.float32)
+
+    packed = np.zeros((2, n_kv_heads, max_pos, padded, 2), cache_type)
+    packed[:, :, :, :half, 0] = past[..., :half].transpose(0, 2, 1, 3)
+    packed[:, :, :, :half, 1] = past[..., half:].transpose(0, 2, 1, 3)
+    if cache_f32:
+        packed = packed.swapaxes(-1, -2)
+    state = device.upload("state", np.array([pos, n_tokens] + [0] * 10, np.uint32))
+    keys, values = device.upload("k_cache", packed[0]), device.upload("v_cache", packed[1])
+    q = device.empty("q", 8 * tokens * n_heads * padded)
+    partial = device.empty("partial", 4 * tokens * n_heads * n_splits * (2 * padded + 2))
+    out = Activations.empty(device, "attn", tokens, 3, n_heads * head_dim)
+    sizes = dict(n_heads=n_heads, half_padded=padded)
+    n_blocks = -(-n_heads * head_dim // 32)
+    dispatches = [
+        kernels.get("rope_cache", cache_f32=cache_f32).dispatch(
+            [-(-all_heads * half // 64), tokens],
+            dict(n_kv_heads=n_kv_heads, head_dim=head_dim, max_pos=max_pos, splits=splits, tokens=tokens, **sizes),
+            state=state,
+            y=device.upload("y", y),
+            rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
+            q=q,
+            k_cache=keys,
+            v_cache=values,
+        ),
+        kernels.get("attention", cache_f32=cache_f32).dispatch(
+            [n_splits, n_heads, tokens],
+            dict(n_kv_heads=n_kv_heads, max_pos=max_pos, n_splits=n_splits, scale=head_dim**-0.5, **sizes),
+            state=state,
+            q=q,
+            k_cache=keys,
+            v_cache=values,
+            partial=partial,
+        ),
+        kernels.get("attention_combine", lanes=64, digits=3).dispatch(
+            [-(-n_blocks * 8 // 64), tokens],
+            dict(head_dim=head_dim, n_splits=n_splits, n_blocks=n_blocks, **sizes),
+            partial=partial,
+            x_digits=out.digits,
+            x_scale=out.scale,
+        ),
+    ]
+    run(device, Plan(dispatches))
+
+    qkv = y.astype(np.float64).sum(axis=0)[:n_tokens].reshape(n_tokens, all_heads, head_dim)
+    want_q, want_k, want_v = np.split(qkv, [n_heads, n_heads + n_kv_heads], axis=1)
+    want_q, want_k = reference.rope(want_q, pos, theta), reference.rope(want_k, pos, theta)
+    written = slice(pos, pos + n_tokens)
+
+    def unpack(buffer: Any) -> np.ndarray:
+        pairs = device.read(buffer, cache_type, packed.shape[1:])
+        pairs = (pairs.swapaxes(-1, -2) if cache_f32 else pairs)[:, :, :half]
+        return np.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1).transpose(1, 0, 2)
+
+    got_k, got_v = unpack(keys), unpack(values)
+    # A sum, a rotation (two products and a sum of numbers below 2 |y|), the table's own rounding; then half an ulp
+    # of f16, 2^-11 of the value: the cast may round either way where f32 was off.
+    size = np.abs(y).sum(axis=0).max()
+    half_ulp = 0.0 if cache_f32 else 2.0**-11
+    assert_close(got_k[written], want_k, half_ulp * np.abs(want_k) + 2.0**-24 + 12 * F32 * size)
+    assert_close(got_v[written], want_v, half_ulp * np.abs(want_v) + 2.0**-24 + 12 * F32 * size)
+    untouched = np.ones(max_pos, bool)
+    untouched[written] = False
+    assert (got_k[untouched] == past[0][untouched]).all() and (got_v[untouched] == past[1][untouched]).all()
+    got_q = device.read(q, np.float32, (tokens, n_heads, 2, padded))[:n_tokens, :, :, :half].reshape(want_q.shape)
+    assert_close(got_q, want_q, 12 * F32 * size)
+
+    # On the very keys, values and queries that the kernels hold: what is left is f32 arithmetic. A score is a sum of
+    # head_dim products; its error e changes a weight by a factor of 1 +- e, and so the mean by 2 e of the largest
+    # value; sums over positions add n_pos roundings, exp its (3 + 2 |score|) ulp.
+    want = reference.attention(got_q.astype(np.float64), got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    n_pos = pos + n_tokens
+    largest = np.abs(got_v[:n_pos]).max()
+    score = np.abs(got_q).max() * np.abs(got_k[:n_pos]).max() * head_dim**0.5
+    error = 2 * largest * F32 * ((head_dim + 4) * score + 2 * (3 + 2 * score) + 2 * n_pos + 64)
+    got = read_activations(device, out, tokens, 3, n_heads * head_dim)
+    check_quantized(assert_close, {key: v[:n_tokens] for key, v in got.items()}, want, 3, error)
+
+
+def sampler_for(kernels: Kernels, logits: np.ndarray) -> tuple[Sampler, Any]:
+    state = kernels.device.empty("state", 48)
+    return Sampler(kernels, state, kernels.device.upload("logits", logits), logits.size), state
+
+
+def draw(sampler: Sampler, state: Any, sampling: Sampling, pos: int, count: int = 1) -> list[int]:
+    """`count` tokens after position `pos`, as many as fit the ring, from the same logits."""
+    sampler.configure(sampling)
+    sampler.device.write(state, np.array([pos, 1, 0, sampling.seed] + [0] * 8, np.uint32))
+    run(sampler.device, *[sampler.plan] * count)
+    return [int(token) for token in sampler.device.read(sampler.sampled, np.uint32, (count,))]
+
+
+@pytest.mark.parametrize("vocab_size", [97, 5003])
+def test_sampling_greedy_takes_the_lower_of_equal_logits(
+    kernels: Kernels, rng: np.random.Generator, vocab_size: int
+) -> None:
+    logits = rng.normal(size=vocab_size).astype(np.float32)
+    logits[[11, vocab_size - 3]] = 9.5
+    sampler, state = sampler_for(kernels, logits)
+    assert draw(sampler, state, Sampling(), pos=4, count=3) == [11] * 3
+    assert list(sampler.device.read(state, np.uint32, (5,))) == [7, 1, 3, 0, 11]
+
+
+FILTERS = [
+    dict(temperature=1.0),
+    dict(temperature=0.7, top_k=1),
+    dict(temperature=1.3, top_k=40),
+    dict(temperature=0.8, top_p=0.9),
+    dict(temperature=1.0, min_p=0.05),
+    dict(temperature=1.1, top_k=50, top_p=0.8, min_p=0.02),
+    dict(temperature=0.5, top_k=100_000, top_p=0.999),
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_sampling_threshold_keeps_what_the_filters_keep(
+    kernels: Kernels, rng: np.random.Generator, filters: dict[str, Any]
+) -> None:
+    logits = (rng.normal(size=5003) * 3).astype(np.float32)
+    sampler, state = sampler_for(kernels, logits)
+    sampling = Sampling(**filters)
+    draw(sampler, state, sampling, pos=0)
+    threshold = sampler.device.read(sampler.threshold, np.float32, (1,))[0]
+    assert set(np.flatnonzero(logits >= threshold)) == set(reference.sampling_support(logits, sampling))
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_sampling_draws_what_its_twin_draws(
+    kernels: Kernels, rng: np.random.Generator, filters: dict[str, Any]
+) -> None:
+    """The noise is a hash, so numpy draws the same tokens; a tie within f32 rounding is all that may differ."""
+    logits = (rng.normal(size=5003) * 3).astype(np.float32)
+    sampler, state = sampler_for(kernels, logits)
+    sampling = Sampling(seed=20, **filters)
+    for i, token in enumerate(draw(sampler, state, sampling, pos=30, count=32)):
+        scores = reference.sampling_scores(logits, sampling, pos=31 + i)
+        # logit / temperature and two logs, each good to 3 ulp of numbers below 64.
+        assert scores[token] >= scores.max() - 16 * 64 * F32
+
+
+def test_sampling_frequencies_are_the_softmax(kernels: Kernels) -> None:
+    """Pearson's chi-square over 64 * 64 draws; with 15 degrees of freedom 37.7 is passed once in 1000 times."""
+    logits = np.linspace(0, 3, 16).astype(np.float32)
+    sampler, state = sampler_for(kernels, logits)
+    draws = [draw(sampler, state, Sampling(temperature=1.5, seed=seed), 0, 64) for seed in range(64)]
+    counts = np.bincount(np.ravel(draws), minlength=16)
+    p = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum()
+    expected = counts.sum() * p
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7
+
+
+def test_sampling_repeats_with_its_seed_and_position(kernels: Kernels, rng: np.random.Generator) -> None:
+    sampler, state = sampler_for(kernels, rng.normal(size=1000).astype(np.float32))
+    first = draw(sampler, state, Sampling(temperature=1.0, seed=1), 5, 32)
+    assert draw(sampler, state, Sampling(temperature=1.0, seed=1), 5, 32) == first
+    assert draw(sampler, state, Sampling(temperature=1.0, seed=2), 5, 32) != first
+    assert draw(sampler, state, Sampling(temperature=1.0, seed=1), 6, 31) == first[1:]
+
+
+def test_kernel_names_what_does_not_match(kernels: Kernels) -> None:
+    with pytest.raises(TypeError, match=r"swiglu: overrides: the shader declares \['digits', 'lanes'\]"):
+        kernels.get("swiglu", lanes=64)
+    kernel = kernels.get("swiglu", lanes=64, digits=1)
+    with pytest.raises(TypeError, match=r"params.*hidden_dim"):
+        kernel.dispatch([1], {"hidden": 1})
+    with pytest.raises(TypeError, match=r"buffers.*x_digits"):
+        kernel.dispatch([1], dict(hidden_dim=1, n_blocks=1, splits=1, tokens=1), y=kernels.device.empty("y", 16))

@@ -1,0 +1,118 @@
+"""Facts about the project as a whole: what is packaged, who may import whom, what README quotes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+PACKAGES: list[str] = SETUPTOOLS["packages"]
+FOLDERS = sorted({package.split(".")[0] for package in PACKAGES})
+
+# First-party imports that each part may have: dependencies point one way.
+MAY_IMPORT = {
+    "codec": ["codec"],
+    "weights": ["weights", "codec", "model.config", "engine.errors"],
+    "model/config.py": ["engine.errors"],
+    "model/reference.py": ["model.config", "weights", "codec"],
+    "chat.py": ["engine", "weights.cache"],
+}
+
+
+def _files(*patterns: str) -> Iterator[Path]:
+    """The project's own files of these names, below its folders and beside them."""
+    for pattern in patterns:
+        yield from ROOT.glob(pattern)
+        for folder in (*FOLDERS, "tests", ".ci"):
+            yield from (ROOT / folder).rglob(pattern)
+
+
+def _imports(path: Path) -> set[str]:
+    """What a module imports: `a.b` for `import a.b`, `a.b.c` for `from a.b import c`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_folder_of_code_is_packaged_with_its_shaders() -> None:
+    patterns = SETUPTOOLS["package-data"]["*"]
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".wgsl"):
+                package = ".".join(path.parent.relative_to(ROOT).parts)
+                assert package in PACKAGES, f"{path.relative_to(ROOT)} is in no package"
+            if path.suffix == ".wgsl":
+                assert any(fnmatch(path.name, pattern) for pattern in patterns), path
+    assert any((ROOT / "shaders").glob("*.wgsl"))
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_dependencies_point_one_way(part: str) -> None:
+    modules = [ROOT / part] if part.endswith(".py") else list((ROOT / part).rglob("*.py"))
+    assert modules
+    own = (*FOLDERS, "chat")
+    for path in modules:
+        for name in _imports(path):
+            if name.split(".")[0] in own:
+                allowed = any(f"{name}.".startswith(f"{prefix}.") for prefix in MAY_IMPORT[part])
+                assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_only_the_engine_talks_to_the_gpu() -> None:
+    for path in _files("*.py"):
+        if path.is_relative_to(ROOT / "tests") or path.is_relative_to(ROOT / "engine"):
+            continue
+        assert not any(name.split(".")[0] == "wgpu" for name in _imports(path)), path
+
+
+def test_readme_quotes_the_help_text() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    quoted = re.search(r"<!-- chat\.py --help -->\s*```\w*\n(.*?)```", readme, re.DOTALL)
+    assert quoted, "README.md: no fenced block follows <!-- chat.py --help -->"
+    printed = subprocess.run(
+        [sys.executable, ROOT / "chat.py", "--help"],
+        env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert _normal(quoted[1]) == _normal(printed), "README.md: quote `python chat.py --help` again"
+
+
+def _normal(help_text: str) -> str:
+    """Without what Python 3.13 changed: line breaks, and `-n N, --max N` became `-n, --max N`."""
+    return re.sub(r"(-\w) (\S+), (--[\w-]+ \2)", r"\1, \3", " ".join(help_text.split()))
+
+
+def test_nothing_is_left_over() -> None:
+    leftover = re.compile(
+        r"\b(TODO|FIXME|XXX|HACK|raise NotImplementedError)\b"  # unfinished
+        r"|\b(breakpoint|pdb\.set_trace)\("
+        r"|(?<![\w.])/(home|root|tmp|work|Users)/"  # one machine's paths
+    )
+    for path in _files("*.py", "*.wgsl", "*.md", "*.toml", "Makefile", "run"):
+        if path == Path(__file__):
+            continue
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            assert not leftover.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def test_repository_holds_no_large_file() -> None:
+    for path in _files("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert path.stat().st_size < 1_000_000, f"{path.relative_to(ROOT)} is over 1 MB"

