@@ -15,7 +15,7 @@ from codec.choice import choose_code
 _BINS = 512  # per rms, centred on its multiples: a weight of 0 is well inside its bin
 _REACH = 32  # rms; what is larger is counted as this large, and will be an outlier all the same
 _CHUNK_WEIGHTS = 1 << 20
-_SMALLEST_C, _LARGEST_C = 2.0**-8, 2.0**3
+_SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**3
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,27 +65,29 @@ def predicted_bits(h: Histogram, c: float, log2_states: int = 12) -> float:
 def bisect_constant(
     histograms: Sequence[Histogram], bits_per_weight: float, log2_states: int = 12
 ) -> float:
-    """The c at which these matrices together take the asked stored bits per weight.
+    """The c at which these matrices together take the asked stored bits per weight, or just less.
 
     One c for all of them equalises what one more bit is worth in each. Raises ValueError if it
-    would lie outside of 2^-8 .. 2^3 (from about 1 to 9 bits can be had).
+    would lie outside of 2^-7 .. 2^3 (from about 1 to 10 bits can be had).
     """
     n_weights = sum(h.rows * h.cols for h in histograms)
-    low, high = np.log2(_SMALLEST_C), np.log2(_LARGEST_C)
+    too_small, too_large = low, high = np.log2(_SMALLEST_C), np.log2(_LARGEST_C)
     x = 2.1 - bits_per_weight  # log2 c; a Gaussian's entropy is 2.05 - log2 c
     while high - low > 1e-4:
         if not low < x < high:
             x = (low + high) / 2
-        bits = sum(predicted_bits(h, 2.0**x, log2_states) for h in histograms)
-        excess = bits / n_weights - bits_per_weight
+        c: float = 2.0 ** float(x)
+        bits = sum(predicted_bits(h, c, log2_states) for h in histograms) / n_weights
+        excess = bits - bits_per_weight
         if abs(excess) < 5e-4:
-            return float(2.0**x)
+            return c
         low, high = (x, high) if excess > 0 else (low, x)
         x += excess  # as c doubles, a weight takes nearly one bit less
-    raise ValueError(
-        f"{bits_per_weight} bits per weight cannot be had: steps of {2.0**x:.3g} rms take"
-        f" {bits_per_weight + excess:.2f}"
-    )
+    if low == too_small or high == too_large:
+        raise ValueError(
+            f"{bits_per_weight} bits per weight cannot be had: steps of {c:.3g} rms take {bits:.2f}"
+        )
+    return float(2.0**high)  # the rate jumps here, past the one that was asked for
 
 
 def row_steps(w: npt.NDArray[np.float32], c: float) -> npt.NDArray[np.float16]:

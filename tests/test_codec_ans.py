@@ -103,9 +103,12 @@ def test_rate_is_within_one_percent_of_constriction(kind, step, p):
 
 @pytest.mark.parametrize("step", [1.0, 0.5, 0.2, 0.05])
 def test_rate_of_a_gaussian_is_near_its_entropy(step):
-    """Streams, first states and outliers with 2^12 states: at most 0.03 bit/weight above it."""
+    """Streams, first states and outliers with 2^12 states: within 0.035 bit/weight.
+
+    Of these, first states are 0.004, and at the highest rate three columns of padding 0.006.
+    """
     q = np.rint(draw("gauss", (40, 3001)) / step).astype(np.int32)
     m = encode_matrix(q, np.ones(40), 12)
     p = np.unique(q, return_counts=True)[1] / q.size
     bits = (m.payload_bits + 12 * m.rows + 32 * m.outliers.size) / q.size
-    assert 0 < bits + p @ np.log2(p) < 0.03
+    assert 0 < bits + p @ np.log2(p) < 0.035

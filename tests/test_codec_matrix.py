@@ -248,14 +248,13 @@ DAMAGE = {
     "a row short": lambda m: {"row_offsets": m.row_offsets[:-1]},
     "a late start": lambda m: {"row_offsets": change(m.row_offsets, 0, 1)},
     "falling offsets": lambda m: {"row_offsets": change(m.row_offsets, 7, m.row_offsets[5])},
-    "shifted offset": lambda m: {"row_offsets": change(m.row_offsets, 7, m.row_offsets[7] + 1)},
     "huge offset": lambda m: {"row_offsets": change(m.row_offsets, 7, 2**60)},
     "a state short": lambda m: {"states": m.states[:-1]},
     "huge state": lambda m: {"states": change(m.states, 2, 4096)},
-    "other state": lambda m: {"states": m.states[::-1]},
     "a scale short": lambda m: {"scale": m.scale[1:]},
     "scale not finite": lambda m: {"scale": change(m.scale, 2, np.inf)},
     "outliers short": lambda m: {"outliers": m.outliers[1:]},
+    "a late outlier": lambda m: {"outlier_offsets": change(m.outlier_offsets, 0, 1)},
     "outlier offsets": lambda m: {"outlier_offsets": change(m.outlier_offsets, 5, 60000)},
     "outlier column": lambda m: {"outliers": m.outliers | np.uint32(0xFFFF)},
     "outlier order": lambda m: {"outliers": m.outliers[::-1]},
@@ -263,12 +262,31 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_raises_value_error(damage):
+def test_parts_that_do_not_fit_are_found(damage):
     q = gaussian(33, 70, 2.5)
-    q[4, 5:9] = 2000
+    q[[0, 4, 4, 4], [0, 5, 6, 7]] = 2000
     m = encode_matrix(q, np.ones(33))
+    check(m)
     with pytest.raises(ValueError, match="expected"):
-        decode_matrix(replace(m, **DAMAGE[damage](m)))
+        check(replace(m, **DAMAGE[damage](m)))
+
+
+def test_rows_that_start_or_end_elsewhere_are_found():
+    m = coded()
+    with pytest.raises(ValueError, match="row 6 ends after"):
+        decode_matrix(replace(m, row_offsets=change(m.row_offsets, 7, m.row_offsets[7] + 1)))
+    with pytest.raises(ValueError, match="row 0 ends after"):
+        decode_matrix(replace(m, states=m.states[::-1]))
+
+
+def test_rows_that_end_in_another_state_are_found():
+    """The last bit of a row is the lowest of its last state."""
+    m = coded()
+    for row in (0, 17, 32):
+        last = int(m.row_offsets[row + 1]) - 1
+        word = m.words[last >> 5] ^ np.uint32(1 << 31 - (last & 31))
+        with pytest.raises(ValueError, match=f"row {row} ends after .* bits in state 1:"):
+            decode_matrix(replace(m, words=change(m.words, last >> 5, word)))
 
 
 def test_rows_with_a_wrong_bit_end_wrong():

@@ -83,6 +83,16 @@ def test_constant_meets_the_asked_rate(bits, log2_states):
     assert stored / sum(w.size for w in model) == pytest.approx(bits, abs=0.02)
 
 
+@pytest.mark.parametrize("bits", [1.2, 1.5])
+def test_constant_stays_below_a_rate_that_is_jumped_over(bits):
+    """Weights of three values are coded in less than 1 bit or, with smaller steps, in 1.6."""
+    w = np.random.default_rng(8).choice(np.float32([-1, 0, 1]), (50, 400))
+    h = histogram(w)
+    c = bisect_constant([h], bits)
+    assert predicted_bits(h, c) / w.size < bits + 5e-4
+    assert predicted_bits(h, 0.99 * c) / w.size > bits
+
+
 def test_prediction_falls_with_c():
     h = histogram(weights(100, 300))
     bits = [predicted_bits(h, c) for c in (0.01, 0.03, 0.1, 0.3, 1, 3)]
