@@ -49,7 +49,7 @@ class Sampler:
     def __init__(self, kernels: Kernels, state: Any, logits: Any, vocab_size: int) -> None:
         self.device: Device = kernels.device
         lanes = 128  # sample_threshold keeps 64 bytes a lane in workgroup memory
-        n_candidates = -(-vocab_size // lanes)
+        n_candidates = 32  # workgroups that share the vocabulary
         self.settings = self.device.empty("sampling", 16)
         self.threshold = self.device.empty("sampling.threshold", 4)
         self.candidates = self.device.empty("sampling.candidates", 8 * n_candidates)
@@ -62,7 +62,7 @@ class Sampler:
                 ),
                 kernels.get("sample_candidates", lanes=lanes).dispatch(
                     [n_candidates],
-                    vocab,
+                    {"n_candidates": n_candidates, **vocab},
                     state=state,
                     sampling=self.settings,
                     logits=logits,

@@ -206,4 +206,4 @@ def _is_int(value: Any) -> bool:
 
 def _as_float(value: Any) -> Any:
     """JSON writes 10000.0 as 10000; anything that is not a number is left for the check to name."""
-    return float(value) if _is_int(value) else value
+    return float(value) if _is_int(value) and abs(value) < 2**53 else value

@@ -27,7 +27,7 @@ MAX_STATES = 4096  # what matvec_rows declares its table to hold
 # ones no longer leave all of a subgroup's streams in the L1 cache.
 _LANES_WANTED = 1 << 16
 _MAX_SEGMENT_BLOCKS = 4
-_MAX_GROUP_LANES = 256
+_MAX_GROUP_LANES = 512  # so that the tables of 2^11 states, one a workgroup, leave an SM its full share of lanes
 
 
 @dataclass(frozen=True)

@@ -131,12 +131,14 @@ class Llama:
         """x += y, xn = norm(x); for the head of one token that token is the last of the pass."""
         pass_tokens = pass_tokens or tokens
         dim = self.config.dim
-        return self.kernels.get("rms_norm", lanes=self._lanes, digits=self.digits).dispatch(
+        kernel = self.kernels.get(
+            "rms_norm", lanes=self._lanes, digits=self.digits, splits=y.splits if y else 0
+        )
+        return kernel.dispatch(
             [1, tokens],
             dict(
                 dim=dim,
                 n_blocks=-(-dim // 32),
-                splits=y.splits if y else 0,
                 tokens=pass_tokens,
                 last=int(tokens < pass_tokens),
                 eps=self.config.norm_eps,
@@ -152,7 +154,9 @@ class Llama:
     def _rope_cache(self, keys: Any, values: Any, tokens: int) -> Dispatch:
         c = self.config
         pairs = (c.n_heads + 2 * c.n_kv_heads) * (c.head_dim // 2)
-        return self.kernels.get("rope_cache", cache_f32=self.cache.f32).dispatch(
+        return self.kernels.get(
+            "rope_cache", cache_f32=self.cache.f32, splits=self.qkv.splits
+        ).dispatch(
             [-(-pairs // 64), tokens],
             dict(
                 n_heads=c.n_heads,
@@ -160,7 +164,6 @@ class Llama:
                 head_dim=c.head_dim,
                 half_padded=half_padded(c),
                 max_pos=self.cache.max_pos,
-                splits=self.qkv.splits,
                 tokens=tokens,
             ),
             state=self.state,
@@ -209,12 +212,14 @@ class Llama:
 
     def _swiglu(self, tokens: int) -> Dispatch:
         n_blocks = -(-self.config.hidden_dim // 32)
-        return self.kernels.get("swiglu", lanes=self._lanes, digits=self.digits).dispatch(
+        kernel = self.kernels.get(
+            "swiglu", lanes=self._lanes, digits=self.digits, splits=self.gate_up.splits
+        )
+        return kernel.dispatch(
             [-(-n_blocks * 8 // self._lanes), tokens],
             dict(
                 hidden_dim=self.config.hidden_dim,
                 n_blocks=n_blocks,
-                splits=self.gate_up.splits,
                 tokens=tokens,
             ),
             y=self.gate_up.buffer,

@@ -10,7 +10,7 @@ Axes: n tokens, or any leading axes `...`; a matrix is (rows, cols) = (out, in) 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from model.config import ModelConfig
 from weights import layout
 from weights.sources import Source
 from weights.store import WeightsFile
+
+if TYPE_CHECKING:  # the oracle itself needs no GPU library
+    from engine.sampler import Sampling
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
@@ -130,6 +133,51 @@ def swiglu(gate_up: Floats) -> Floats:
     decay = np.exp(-np.abs(gate))  # at most 1, where exp(-gate) would overflow below -88
     y: Floats = gate * np.where(gate < 0, decay, 1) / (1 + decay) * up
     return y
+
+
+def sampling_support(logits: Floats, sampling: Sampling) -> Integers:
+    """(vocab_size,) -> the tokens that temperature > 0, top_k, top_p and min_p leave to be drawn.
+
+    By sorting, where the kernel searches for the threshold; equal logits are in or out together.
+    """
+    scaled = logits.astype(np.float64) / sampling.temperature
+    best_first = np.sort(scaled)[::-1]
+    least = best_first[-1]
+    if 0 < sampling.top_k < scaled.size:
+        least = best_first[sampling.top_k - 1]
+    if sampling.top_p < 1:
+        weights = np.exp(best_first[best_first >= least] - best_first[0])
+        enough = np.cumsum(weights) >= sampling.top_p * weights.sum()
+        least = best_first[np.argmax(enough)]
+    if sampling.min_p > 0:
+        least = max(least, best_first[0] + np.log(sampling.min_p))
+    return np.flatnonzero(scaled >= least)
+
+
+def sampling_scores(logits: Floats, sampling: Sampling, pos: int) -> Floats:
+    """(vocab_size,) -> what the token at position `pos` is the argmax of: logits if greedy.
+
+    Otherwise logit / temperature + Gumbel noise, -inf outside the support. The noise is a hash of
+    (seed, pos, token) as the kernel computes it.
+    """
+    if sampling.temperature == 0:
+        return logits
+    tokens = np.arange(logits.size, dtype=np.uint32)
+    hashed = _pcg(tokens ^ _pcg(np.uint32(pos) ^ _pcg(np.uint32(sampling.seed))))
+    uniform = ((hashed >> np.uint32(9)) + 0.5) * 2.0**-23
+    scores = np.full(logits.size, -np.inf)
+    support = sampling_support(logits, sampling)
+    noisy = logits.astype(np.float64) / sampling.temperature - np.log(-np.log(uniform))
+    scores[support] = noisy[support]
+    return scores
+
+
+def _pcg(value: Integers | np.uint32) -> npt.NDArray[np.uint32]:
+    """Jarzynski & Olano 2020, "Hash Functions for GPU Rendering": pcg."""
+    state = np.atleast_1d(value).astype(np.uint32) * np.uint32(747796405) + np.uint32(2891336453)
+    word = ((state >> ((state >> np.uint32(28)) + np.uint32(4))) ^ state) * np.uint32(277803737)
+    hashed: npt.NDArray[np.uint32] = (word >> np.uint32(22)) ^ word
+    return hashed
 
 
 class Reference:

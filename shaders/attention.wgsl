@@ -59,14 +59,22 @@ fn value(row: u32, i: u32) -> Pair {
   return unpack_f16(v_cache[row * quads + i]);
 }
 
-fn score(query: u32, row: u32) -> f32 {
+// Scores of the positions `pos`, `pos + LANES`, ...: q is loaded once for all of them.
+fn scores_at(query: u32, first_row: u32, pos: u32, length: u32) -> vec4<f32> {
   let quads = params.half_padded / 4u;
-  var sum = 0.0;
+  var sums = vec4<f32>(0.0);
   for (var i = 0u; i < quads; i++) {
-    let k = key(row, i);
-    sum += dot(q[query + i], k.lo) + dot(q[query + quads + i], k.hi);
+    let lo = q[query + i];
+    let hi = q[query + quads + i];
+    for (var j = 0u; j < PER_LANE; j++) {
+      if (pos + j * LANES < length) {
+        let k = key(first_row + pos + j * LANES, i);
+        sums[j] += dot(lo, k.lo) + dot(hi, k.hi);
+      }
+    }
   }
-  return sum * params.scale;
+  let at = vec4<u32>(pos) + vec4<u32>(0u, LANES, 2u * LANES, 3u * LANES);
+  return select(vec4<f32>(NEVER), sums * params.scale, at < vec4<u32>(length));
 }
 
 fn max_over_lanes(lane: u32, value: f32) -> f32 {
@@ -104,11 +112,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var lo = vec4<f32>(0.0);
   var hi = vec4<f32>(0.0);
   for (var tile = split * TILE; tile < length; tile += params.n_splits * TILE) {
-    var scores = vec4<f32>(NEVER);
-    for (var i = 0u; i < PER_LANE; i++) {
-      let pos = tile + i * LANES + lane;
-      if (pos < length) { scores[i] = score(query, first_row + pos); }
-    }
+    let scores = scores_at(query, first_row, tile + lane, length);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);

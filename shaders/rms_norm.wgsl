@@ -5,10 +5,11 @@
 //#import state
 //#import quantize
 
+override splits: u32;  // of y; 0: nothing to add
+
 struct Params {
   dim: u32,
   n_blocks: u32,
-  splits: u32,  // 0: nothing to add
   tokens: u32,
   last: u32,
   eps: f32,
@@ -31,7 +32,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var sum = 0.0;
   for (var i = lane; i < params.dim; i += lanes) {
     var value = x[first + i];
-    for (var split = 0u; split < params.splits; split++) {
+    for (var split = 0u; split < splits; split++) {
       value += y[(split * params.tokens + token) * params.dim + i];
     }
     x[first + i] = value;

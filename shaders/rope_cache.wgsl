@@ -6,6 +6,7 @@
 //#import state
 
 override cache_f32: bool;
+override splits: u32;  // of y
 
 struct Params {
   n_heads: u32,
@@ -13,7 +14,6 @@ struct Params {
   head_dim: u32,
   half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
   max_pos: u32,
-  splits: u32,
   tokens: u32,
 }
 
@@ -28,7 +28,7 @@ struct Params {
 fn row_sum(token: u32, row: u32) -> f32 {
   let rows = (params.n_heads + 2u * params.n_kv_heads) * params.head_dim;
   var sum = 0.0;
-  for (var split = 0u; split < params.splits; split++) { sum += y[(split * params.tokens + token) * rows + row]; }
+  for (var split = 0u; split < splits; split++) { sum += y[(split * params.tokens + token) * rows + row]; }
   return sum;
 }
 

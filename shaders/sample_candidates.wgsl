@@ -1,16 +1,17 @@
-// The best token of each slice of the vocabulary: greedy the largest logit, otherwise the largest of
+// The best token of each part of the vocabulary: greedy the largest logit, otherwise the largest of
 // logit / temperature + Gumbel noise above the threshold, which draws from the softmax exactly and needs no sum
 // (Gumbel 1954; Maddison et al. 2014). The noise is a hash of (seed, position, token): the same seed, the same text.
-// Lane = one token of the slice. Dispatch: ceil(vocab_size / lanes).
+// A lane looks at every (workgroups * lanes)-th token. Dispatch: n_candidates.
 
 //#import state
 //#import sampling
 
 override lanes: u32;
 
-struct Params { vocab_size: u32 }
-
-struct Candidate { score: f32, token: u32 }
+struct Params {
+  vocab_size: u32,
+  n_candidates: u32,
+}
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> state: State;
@@ -35,18 +36,18 @@ fn gumbel(token: u32) -> f32 {
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
-  let token = group.x * lanes + lane;
-  var score = -3.4e38;
-  if (token < params.vocab_size) {
-    score = logits[token];
+  var mine = Candidate(-3.4e38, 0xFFFFFFFFu);
+  for (var token = group.x * lanes + lane; token < params.vocab_size; token += params.n_candidates * lanes) {
+    var score = logits[token];
     if (sampling.temperature > 0.0) {
       score = select(-3.4e38, score / sampling.temperature + gumbel(token), score >= threshold[0]);
     }
+    if (score > mine.score) { mine = Candidate(score, token); }
   }
-  best[lane] = Candidate(score, token);
+  best[lane] = mine;
   workgroupBarrier();
   for (var stride = lanes / 2u; stride > 0u; stride >>= 1u) {
-    if (lane < stride && best[lane + stride].score > best[lane].score) { best[lane] = best[lane + stride]; }
+    if (lane < stride) { best[lane] = better(best[lane], best[lane + stride]); }
     workgroupBarrier();
   }
   if (lane == 0u) { candidates[group.x] = best[0]; }

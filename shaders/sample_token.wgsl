@@ -1,13 +1,12 @@
 // The best of the candidates becomes the next pass's token, and the state moves past what this pass has read.
-// Ties go to the lower token, as numpy's argmax has it. One workgroup. Dispatch: 1.
+// One workgroup. Dispatch: 1.
 
 //#import state
+//#import sampling
 
 override lanes: u32;
 
 struct Params { n_candidates: u32 }
-
-struct Candidate { score: f32, token: u32 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> candidates: array<Candidate>;
@@ -15,11 +14,6 @@ struct Candidate { score: f32, token: u32 }
 @group(0) @binding(3) var<storage, read_write> sampled: array<u32>;  // a ring, by n_sampled
 
 var<workgroup> best: array<Candidate, lanes>;
-
-fn better(a: Candidate, b: Candidate) -> Candidate {
-  if (b.score > a.score || (b.score == a.score && b.token < a.token)) { return b; }
-  return a;
-}
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32) {

@@ -4,10 +4,11 @@
 //#import state
 //#import quantize
 
+override splits: u32;  // of y
+
 struct Params {
   hidden_dim: u32,
   n_blocks: u32,
-  splits: u32,
   tokens: u32,
 }
 
@@ -18,7 +19,7 @@ struct Params {
 
 fn row_sum(token: u32, row: u32) -> f32 {
   var sum = 0.0;
-  for (var split = 0u; split < params.splits; split++) {
+  for (var split = 0u; split < splits; split++) {
     sum += y[(split * params.tokens + token) * 2u * params.hidden_dim + row];
   }
   return sum;

@@ -64,6 +64,7 @@ def test_config_accepts_one_or_several_end_tokens() -> None:
         ({"vocab_size": "97"}, "vocab_size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"rope_theta": "high"}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
         ({"eos_token_id": [97]}, "97"),
         ({"eos_token_id": "</s>"}, "</s>"),
         ({"tie_word_embeddings": "yes"}, "tie_embeddings"),

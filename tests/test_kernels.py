@@ -216,9 +216,9 @@ def test_rms_norm(
     y = rng.normal(size=(max(1, splits), tokens, dim)).astype(np.float32)
     weight = rng.normal(1, 0.3, dim).astype(np.float32)
     x, out = device.upload("x", x0), Activations.empty(device, "xn", tokens, digits, dim)
-    dispatch = kernels.get("rms_norm", lanes=64, digits=digits).dispatch(
+    dispatch = kernels.get("rms_norm", lanes=64, digits=digits, splits=splits).dispatch(
         [1, tokens],
-        dict(dim=dim, n_blocks=-(-dim // 32), splits=splits, tokens=tokens, last=0, eps=eps),
+        dict(dim=dim, n_blocks=-(-dim // 32), tokens=tokens, last=0, eps=eps),
         state=device.empty("state", 48),
         y=device.upload("y", y),
         weight=device.upload("weight", weight),
@@ -245,9 +245,9 @@ def test_rms_norm_of_the_last_token_goes_to_row_0(kernels: Kernels, rng: np.rand
 
     def norm(n_tokens: int, last: int) -> np.ndarray:
         out = Activations.empty(device, "xn", tokens, 1, dim)
-        dispatch = kernels.get("rms_norm", lanes=64, digits=1).dispatch(
+        dispatch = kernels.get("rms_norm", lanes=64, digits=1, splits=0).dispatch(
             [1, 1 if last else tokens],
-            dict(dim=dim, n_blocks=3, splits=0, tokens=tokens, last=last, eps=1e-5),
+            dict(dim=dim, n_blocks=3, tokens=tokens, last=last, eps=1e-5),
             state=device.upload("state", np.array([0, n_tokens] + [0] * 10, np.uint32)),
             y=device.empty("y", 4 * tokens * dim),
             weight=weight,
@@ -266,9 +266,9 @@ def test_a_block_of_zeros_has_scale_zero(kernels: Kernels, digits: int) -> None:
     device, hidden = kernels.device, 40
     out = Activations.empty(device, "h", 1, digits, hidden)
     device.write(out.digits, np.full(64 * digits, 77, np.int8))
-    dispatch = kernels.get("swiglu", lanes=64, digits=digits).dispatch(
+    dispatch = kernels.get("swiglu", lanes=64, digits=digits, splits=1).dispatch(
         [1, 1],
-        dict(hidden_dim=hidden, n_blocks=2, splits=1, tokens=1),
+        dict(hidden_dim=hidden, n_blocks=2, tokens=1),
         y=device.empty("y", 8 * hidden),
         x_digits=out.digits,
         x_scale=out.scale,
@@ -288,9 +288,9 @@ def test_swiglu(
     y = (rng.normal(size=(splits, tokens, 2 * hidden_dim)) * 4).astype(np.float32)
     out = Activations.empty(device, "h", tokens, digits, hidden_dim)
     n_blocks = -(-hidden_dim // 32)
-    dispatch = kernels.get("swiglu", lanes=64, digits=digits).dispatch(
+    dispatch = kernels.get("swiglu", lanes=64, digits=digits, splits=splits).dispatch(
         [-(-n_blocks * 8 // 64), tokens],
-        dict(hidden_dim=hidden_dim, n_blocks=n_blocks, splits=splits, tokens=tokens),
+        dict(hidden_dim=hidden_dim, n_blocks=n_blocks, tokens=tokens),
         y=device.upload("y", y),
         x_digits=out.digits,
         x_scale=out.scale,
@@ -345,9 +345,9 @@ def test_rope_cache_and_attention(
     sizes = dict(n_heads=n_heads, half_padded=padded)
     n_blocks = -(-n_heads * head_dim // 32)
     dispatches = [
-        kernels.get("rope_cache", cache_f32=cache_f32).dispatch(
+        kernels.get("rope_cache", cache_f32=cache_f32, splits=splits).dispatch(
             [-(-all_heads * half // 64), tokens],
-            dict(n_kv_heads=n_kv_heads, head_dim=head_dim, max_pos=max_pos, splits=splits, tokens=tokens, **sizes),
+            dict(n_kv_heads=n_kv_heads, head_dim=head_dim, max_pos=max_pos, tokens=tokens, **sizes),
             state=state,
             y=device.upload("y", y),
             rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
@@ -490,10 +490,10 @@ def test_sampling_repeats_with_its_seed_and_position(kernels: Kernels, rng: np.r
 
 
 def test_kernel_names_what_does_not_match(kernels: Kernels) -> None:
-    with pytest.raises(TypeError, match=r"swiglu: overrides: the shader declares \['digits', 'lanes'\]"):
+    with pytest.raises(TypeError, match=r"swiglu: overrides: the shader declares \['digits', 'lanes', 'splits'\]"):
         kernels.get("swiglu", lanes=64)
-    kernel = kernels.get("swiglu", lanes=64, digits=1)
+    kernel = kernels.get("swiglu", lanes=64, digits=1, splits=1)
     with pytest.raises(TypeError, match=r"params.*hidden_dim"):
         kernel.dispatch([1], {"hidden": 1})
     with pytest.raises(TypeError, match=r"buffers.*x_digits"):
-        kernel.dispatch([1], dict(hidden_dim=1, n_blocks=1, splits=1, tokens=1), y=kernels.device.empty("y", 16))
+        kernel.dispatch([1], dict(hidden_dim=1, n_blocks=1, tokens=1), y=kernels.device.empty("y", 16))

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "codec": ["codec"],
     "weights": ["weights", "codec", "model.config", "engine.errors"],
     "model/config.py": ["engine.errors"],
-    "model/reference.py": ["model.config", "weights", "codec"],
+    "model/reference.py": ["model.config", "weights", "codec", "engine.sampler"],
     "chat.py": ["engine", "weights.cache"],
 }
 

@@ -288,6 +288,13 @@ def test_gguf_damaged_anywhere_in_its_length_is_refused(tmp_path: Path) -> None:
             open_source(path)
 
 
+def test_gguf_with_damaged_text_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "t.gguf", CONFIG, random_tensors(CONFIG))
+    path.write_bytes(path.read_bytes().replace(b"<|user|>", b"<|\xffser|>"))
+    with pytest.raises(WeightsError, match=r"tokenizer\.\S+ is damaged"):
+        open_source(path)
+
+
 def test_open_source_says_what_it_takes(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="smollm2"):
         open_source("no-such-model")

@@ -1,0 +1,1 @@
+"""Models on disk: read in the formats of others, converted, and kept in this engine's own."""

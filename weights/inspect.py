@@ -1,4 +1,4 @@
-"""What a weights file holds and what it costs, matrix by matrix. Decodes every stream on the way."""
+"""What a weights file holds and costs, matrix by matrix; every stream is decoded on the way."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from engine.errors import EngineError
 from weights import layout
 from weights.container import damaged
 from weights.store import WeightsFile
+
+_ROWS_AT_ONCE = 1 << 12  # bincount makes a copy of eight bytes per weight
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ class MatrixReport:
 
 def describe(name: str, matrix: CodedMatrix, q: npt.NDArray[np.int32]) -> MatrixReport:
     """`q` (rows, cols) is what `matrix` decodes to."""
-    counts = np.bincount((q - q.min()).ravel())
+    lowest = int(q.min())
+    counts = np.zeros(int(q.max()) - lowest + 1, np.int64)
+    for start in range(0, matrix.rows, _ROWS_AT_ONCE):
+        chunk = q[start : start + _ROWS_AT_ONCE] - lowest
+        counts += np.bincount(chunk.ravel(), minlength=counts.size)
     share = counts[counts > 0] / q.size
     return MatrixReport(
         name=name,

@@ -35,7 +35,7 @@ _MATRIX_FIELDS = ("rows", "cols", "log2_states", "raw_bits", "min_symbol")
 
 @dataclass(frozen=True, eq=False)
 class WeightsFile:
-    """An open weights file. Large arrays are views into the mapped file, read when they are used."""
+    """An open weights file; its arrays are views into the mapped file, read when they are used."""
 
     path: Path
     config: ModelConfig
@@ -207,7 +207,7 @@ def _check_tensors(container: Container, config: ModelConfig, matrices: Any, crc
         if entry.dtype != dtype or len(entry.shape) != 1:
             found = f"{entry.dtype} of shape {entry.shape}"
             raise damaged(path, f"{name} is {found}, expected {dtype} of one dimension")
-        if zlib.crc32(entry.values) != crc32[name]:
+        if zlib.crc32(entry.values.data) != crc32[name]:
             raise damaged(path, f"the bytes of {name} do not match their CRC-32")
     for name in layout.vectors(config):
         if entries[name].shape != (config.dim,):
@@ -227,16 +227,23 @@ def _coded_matrix(container: Container, matrix: layout.Matrix, fields: Any) -> C
         if fields["log2_states"] not in LOG2_STATES:
             raise ValueError(f"described by {fields}, expected log2_states in {LOG2_STATES}")
         lengths, states, outlier_counts = unpack_side(
-            parts.pop("side"), matrix.rows, fields["log2_states"]
+            parts["side"], matrix.rows, fields["log2_states"]
         )
         n_outliers = parts["outliers"].size
         if outlier_counts.sum() != n_outliers:
             raise ValueError(f"{n_outliers} outliers, expected {outlier_counts.sum()} by row")
         coded = CodedMatrix(
-            **fields,
-            **parts,
+            rows=matrix.rows,
+            cols=matrix.cols,
+            log2_states=fields["log2_states"],
+            raw_bits=fields["raw_bits"],
+            min_symbol=fields["min_symbol"],
+            marginal=parts["marginal"],
+            words=parts["words"],
             row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
             states=states,
+            scale=parts["scale"],
+            outliers=parts["outliers"],
             outlier_offsets=np.concatenate([[0], np.cumsum(outlier_counts)]).astype(np.uint32),
         )
         check(coded)

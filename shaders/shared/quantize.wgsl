@@ -17,7 +17,7 @@ fn quantize4(v: vec4<f32>, lane: u32, token: u32, group: u32, n_blocks: u32) {
   var largest = 0.0;
   for (var i = 0u; i < 8u; i++) { largest = max(largest, block_max[first + i]); }
   let scale = largest / 127.0;
-  var rest = select(vec4<f32>(0.0), v / scale, largest > 0.0);
+  var rest = select(vec4<f32>(0.0), v / scale, scale > 0.0);
   var sum = 0.0;
   var unit = 1.0;
   let used = group < n_blocks * 8u;

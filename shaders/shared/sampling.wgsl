@@ -6,3 +6,13 @@ struct Sampling {
   top_p: f32,
   min_p: f32,
 }
+
+struct Candidate {
+  score: f32,
+  token: u32,
+}
+
+fn better(a: Candidate, b: Candidate) -> Candidate {  // ties go to the lower token, as numpy's argmax has it
+  if (b.score > a.score || (b.score == a.score && b.token < a.token)) { return b; }
+  return a;
+}

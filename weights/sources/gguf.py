@@ -76,7 +76,10 @@ class _Fields:
 
     def get(self, key: str, default: Any = None) -> Any:
         field = self._fields.get(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError:
+            raise WeightsError(f"{self._path}: the text of {key} is damaged") from None
 
     def need(self, key: str) -> Any:
         value = self.get(key)
@@ -172,7 +175,7 @@ def _to_float32(
 def _unpermute(weights: npt.NDArray[np.float32], n_heads: int) -> npt.NDArray[np.float32]:
     """Rows of q or k from GGUF's order to Hugging Face's.
 
-    In the former, RoPE rotates a head's neighbours (2i, 2i + 1); in the latter, (i, i + head_dim/2).
+    There RoPE rotates a head's neighbours (2i, 2i + 1), here (i, i + head_dim/2).
     This is the inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
     """
     rows, cols = weights.shape

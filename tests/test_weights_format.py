@@ -1,0 +1,137 @@
+"""FORMAT.md: its example is what the code makes, and its words suffice to decode a matrix."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import weights
+from codec.matrix import CodedMatrix, decode_matrix, dequantize, encode_matrix, pack_side
+from codec.table import decode_table
+
+FORMAT = (Path(weights.__file__).parent / "FORMAT.md").read_text("utf-8")
+(JSON,) = re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(JSON)
+    return found
+
+
+@pytest.fixture(scope="module")
+def coded(example: dict[str, Any]) -> CodedMatrix:
+    scale = np.array(example["scale"], np.float16)
+    return encode_matrix(np.array(example["q"]), scale, example["log2_states"])
+
+
+def hexadecimal(values: np.ndarray) -> list[str]:
+    return [f"{value:08x}" for value in values]
+
+
+def test_format_example_is_what_the_code_makes(example: dict[str, Any], coded: CodedMatrix) -> None:
+    fields = ("rows", "cols", "log2_states", "raw_bits", "min_symbol")
+    assert {field: getattr(coded, field) for field in fields} == {f: example[f] for f in fields}
+    assert hexadecimal(coded.words) == example["words"]
+    assert hexadecimal(pack_side(coded)) == example["side"]
+    assert hexadecimal(coded.outliers) == example["outliers"]
+    assert coded.marginal.tolist() == example["marginal"]
+    assert coded.scale.tolist() == example["scale"]
+    assert decode_matrix(coded).tolist() == example["q"]
+    assert dequantize(coded).tolist() == [[0.5, -1, 0, 0], [0, 0.25, -0.25, 750]]
+
+
+def test_format_example_is_walked_through_bit_by_bit(coded: CodedMatrix) -> None:
+    table = decode_table(coded.marginal, coded.log2_states)
+    bits = "".join(f"{word:032b}" for word in coded.words)
+    position = 0
+    lines = []
+    for row in range(coded.rows):
+        assert position == coded.row_offsets[row]
+        state = int(coded.states[row])
+        for column in range(0, coded.cols, 2):
+            raw = ""
+            if column % 4 == 0:
+                raw = bits[position : position + 4 * coded.raw_bits] + " "
+                position += 4 * coded.raw_bits
+            entry = int(table[state])
+            nbits, base = entry & 31, entry >> 21
+            field = bits[position : position + nbits]
+            position += nbits
+            before, state = state, base + int(field, 2)
+            lines.append(
+                f"| {row} | {raw}| {column}, {column + 1} | {before} | {entry:08x} | {nbits} "
+                f"| {entry >> 8 & 31} {entry >> 16 & 31} | {base} | {field} | {state} |"
+            )
+        assert state == 0
+    assert "\n".join(lines) in FORMAT
+
+
+def pair_table(marginal: list[int], log2_states: int) -> list[tuple[int, int, int]]:
+    """(pair, nbits, base) of each state, step by step as FORMAT.md has it and without numpy."""
+    n, total = len(marginal), 1 << log2_states
+    mode = marginal.index(max(marginal))
+    weight = {i * n + j: marginal[i] * marginal[j] for i in range(n) for j in range(n)}
+    kept = [
+        pair
+        for pair, w in weight.items()
+        if w * 32 * total >= 2**32 or pair // n == mode or pair % n == mode
+    ]
+    scaled = {pair: weight[pair] << 60 - max(weight.values()).bit_length() for pair in kept}
+
+    def shares(d: int) -> dict[int, int]:
+        return {pair: min(max((scaled[pair] // d + 1) >> 1, 1), total // 2) for pair in kept}
+
+    low, high = 0, 2**60
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if sum(shares(middle).values()) > total else (low, middle)
+    share = shares(high)
+    open_to_more = [pair for pair in kept if share[pair] < total // 2]
+    open_to_more.sort(key=lambda pair: (-(scaled[pair] // (2 * share[pair] + 1)), pair))
+    for pair in open_to_more[: total - sum(share.values())]:
+        share[pair] += 1
+
+    owned = [(pair, x) for pair in kept for x in range(share[pair], 2 * share[pair])]
+    owned.sort(key=lambda own: ((2 * own[1] + 1) * 2**48 // (2 * weight[own[0]]), own))
+    states = []
+    for pair, x in owned:
+        nbits = log2_states - (x.bit_length() - 1)
+        states.append((pair, nbits, x * 2**nbits - total))
+    return states
+
+
+@pytest.mark.parametrize("log2_states", [11, 12])
+@pytest.mark.parametrize(("spread", "cols"), [(0.3, 9), (2.0, 6), (25.0, 7), (90.0, 4)])
+def test_format_words_suffice_to_decode(spread: float, cols: int, log2_states: int) -> None:
+    rng = np.random.default_rng(cols)
+    q = np.rint(rng.laplace(size=(11, cols)) * spread).astype(np.int32)
+    m = encode_matrix(q, np.ones(11, np.float16), log2_states)
+    states = pair_table(m.marginal.tolist(), log2_states)
+    bits = "".join(f"{word:032b}" for word in m.words)
+    b, n = m.raw_bits, m.marginal.size
+    for row in range(m.rows):
+        position, state = int(m.row_offsets[row]), int(m.states[row])
+        decoded = []
+        for _ in range(0, cols, 4):
+            raw = int(bits[position : position + 4 * b] or "0", 2)
+            position += 4 * b
+            symbols = []
+            for _ in range(2):
+                pair, nbits, base = states[state]
+                symbols += [pair // n, pair % n]
+                state = base + int(bits[position : position + nbits], 2)
+                position += nbits
+            for i, symbol in enumerate(symbols):
+                low = raw >> i * b & (1 << b) - 1
+                decoded.append((symbol + m.min_symbol << b) + low)
+        assert (position, state) == (m.row_offsets[row + 1], 0)
+        for outlier in m.outliers[m.outlier_offsets[row] : m.outlier_offsets[row + 1]].tolist():
+            remainder = (outlier >> 16) - (outlier >> 31 << 16)
+            decoded[outlier & 0xFFFF] += remainder << b
+        assert decoded[:cols] == q[row].tolist()
