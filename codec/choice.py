@@ -12,6 +12,11 @@ import numpy.typing as npt
 from codec.table import MARGINAL_TOTAL, MAX_SYMBOLS, has_states
 
 MAX_RAW_BITS = 4
+FAST_RAW_BITS = (
+    2  # beyond, four weights no longer fit a 32-bit window, nor a weight a byte of a dot product,
+)
+# which makes a matvec about half as long again: so many bits a weight must be gained by it
+SLOW_BITS = 0.15
 OUTLIER_BITS = 32
 _MAX_HIGH = 2**15 - MAX_SYMBOLS  # |q >> raw_bits|, for an outlier's remainder to fit 16 bits
 MAX_INTEGER = _MAX_HIGH << MAX_RAW_BITS
@@ -35,7 +40,10 @@ class Code(NamedTuple):
 def choose_code(
     counts: npt.NDArray[np.integer] | FloatArray, lowest: int, log2_states: int
 ) -> Code:
-    """The code of fewest bits for counts[i] weights of lowest + i, |lowest + i| <= MAX_INTEGER."""
+    """The code for counts[i] weights of lowest + i, |lowest + i| <= MAX_INTEGER.
+
+    The one of fewest bits, except that more than FAST_RAW_BITS raw bits have to be worth it.
+    """
     n_weights = float(counts.sum())
     q = np.arange(counts.size) + lowest
     best = Code(0, 0, 0, np.inf)
@@ -49,7 +57,8 @@ def choose_code(
         high_counts = np.bincount(high - high[0], counts).astype(np.float64)
         code = _choose_symbols(high_counts, int(high[0]), log2_states)
         bits = code.bits + raw_bits * n_weights
-        if bits < best.bits:
+        handicap = SLOW_BITS * n_weights if raw_bits > FAST_RAW_BITS >= best.raw_bits else 0
+        if bits + handicap < best.bits:
             best = code._replace(raw_bits=raw_bits, bits=bits)
     return best
 

@@ -1,4 +1,4 @@
-"""The GPU: choosing an adapter, buffers, shader modules. Knows nothing of kernels, weights or models."""
+"""The GPU: adapters, buffers, shader modules. Knows nothing of kernels, weights or models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from engine.errors import DeviceError
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
 
-# The adapter's own maximum is asked for: weights need large bindings, the matvec as much workgroup memory as there is.
+# The adapter's own maximum is asked for: weights need large bindings, the matvec as much workgroup
+# memory as there is.
 _RAISED_LIMITS = (
     "max-buffer-size",
     "max-storage-buffer-binding-size",
@@ -30,12 +31,13 @@ _PREFERENCE = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 3}  # anything else:
 
 # Without it Vulkan's window system layer, which nothing here uses, complains on stderr.
 os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
-# OpenGL is left out: its compute limits are below what the kernels need. To be said before the first look for adapters.
+# OpenGL is left out: its compute limits are below what the kernels need. To be said before the
+# first look for adapters.
 set_instance_extras(backends=("Primary",))
 
 
 def list_adapters() -> list[Any]:
-    """Adapters that can run the engine, the preferred first: discrete, integrated, other, software."""
+    """Adapters that can run the engine: discrete ones first, then integrated, other, software."""
     adapters: list[Any] = wgpu.gpu.enumerate_adapters_sync()
     return sorted(adapters, key=lambda a: _PREFERENCE.get(a.info["adapter_type"], 2))
 
@@ -45,12 +47,12 @@ def adapter_name(adapter: Any) -> str:
 
 
 def choose_adapter(wanted: str | None = None) -> Any:
-    """The preferred adapter, or the one that `wanted` names: its number in the list, or part of its name."""
+    """The preferred adapter, or the one that `wanted` names by its number or part of its name."""
     adapters = list_adapters()
     if not adapters:
         raise DeviceError(
-            "no GPU adapter found: the engine needs Vulkan, Metal or DX12; install the GPU's driver, or "
-            "software Vulkan (Debian: apt-get install mesa-vulkan-drivers)"
+            "no GPU adapter found: the engine needs Vulkan, Metal or DX12; install the GPU's "
+            "driver, or software Vulkan (Debian: apt-get install mesa-vulkan-drivers)"
         )
     if wanted is None:
         return adapters[0]
@@ -67,8 +69,8 @@ def choose_adapter(wanted: str | None = None) -> Any:
 class Device:
     """One opened adapter.
 
-    `software` says that the adapter is a CPU: kernels then avoid workgroup memory. `allocated_bytes` counts every
-    buffer made here; buffers live as long as the device.
+    `software` says that the adapter is a CPU: kernels then avoid workgroup memory.
+    `allocated_bytes` counts every buffer made here; buffers live as long as the device.
     """
 
     def __init__(self, adapter: Any) -> None:
@@ -78,16 +80,19 @@ class Device:
         self.timestamps = "timestamp-query" in adapter.features
         self.allocated_bytes = 0
         limits = {name: adapter.limits[name] for name in _RAISED_LIMITS}
-        limits["max-storage-buffers-per-shader-stage"] = 8  # WebGPU's default, all that any kernel uses
+        limits["max-storage-buffers-per-shader-stage"] = 8  # WebGPU's default; no kernel has more
         try:
             self.wgpu = adapter.request_device_sync(
-                required_features=["timestamp-query"] if self.timestamps else [], required_limits=limits
+                required_features=["timestamp-query"] if self.timestamps else [],
+                required_limits=limits,
             )
         except Exception as error:  # wgpu raises RuntimeError and GPUError alike
             raise DeviceError(f"{self.name}: cannot be opened: {error}") from error
         self.queue = self.wgpu.queue
         # An offset of 4 GiB no longer fits the u32 bit positions of a row: 2^32 bits are 512 MiB.
-        self.max_binding_bytes = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"], 1 << 29)
+        self.max_binding_bytes = min(
+            limits["max-storage-buffer-binding-size"], limits["max-buffer-size"], 1 << 29
+        )
         self.workgroup_memory = limits["max-compute-workgroup-storage-size"]
         self.max_workgroup_lanes = limits["max-compute-invocations-per-workgroup"]
 
@@ -100,8 +105,9 @@ class Device:
         size = max(16, -(-size_bytes // 16) * 16)
         if size > self.max_binding_bytes:
             raise DeviceError(
-                f"{self.name}: {label} needs {size / 2**20:.0f} MiB in one buffer, the adapter allows "
-                f"{self.max_binding_bytes / 2**20:.0f} MiB; use a smaller --context or another adapter"
+                f"{self.name}: {label} needs {size / 2**20:.0f} MiB in one buffer, the adapter "
+                f"allows {self.max_binding_bytes / 2**20:.0f} MiB; use a smaller --context or "
+                "another adapter"
             )
         try:
             buffer = self.wgpu.create_buffer(label=label, size=size, usage=usage)
@@ -113,7 +119,9 @@ class Device:
         self.allocated_bytes += size
         return buffer
 
-    def upload(self, label: str, array: np.ndarray, usage: int = STORAGE, padding_bytes: int = 0) -> Any:
+    def upload(
+        self, label: str, array: np.ndarray, usage: int = STORAGE, padding_bytes: int = 0
+    ) -> Any:
         """A buffer with the array's bytes, then zeros."""
         data = np.ascontiguousarray(array)
         buffer = self.empty(label, data.nbytes + padding_bytes, usage)
@@ -139,8 +147,11 @@ class Device:
         return np.frombuffer(data, dtype, count).reshape(shape).copy()
 
     def shader_module(self, label: str, code: str) -> Any:
-        """A module without run-time checks (they cost 1.5 times on an H100, up to 5 times on llvmpipe) where the
-        backend library can make one. Nothing is lost: whatever a shader could be led astray by is checked at load."""
+        """A module without run-time checks, where the backend library can make one.
+
+        They cost 1.5 times on an H100, up to 5 times on llvmpipe. Nothing is lost: whatever could
+        lead a shader astray is checked at load.
+        """
         create = getattr(_api.libf, "wgpuDeviceCreateShaderModuleTrusted", None)
         if create is None:
             return self.wgpu.create_shader_module(label=label, code=code)
@@ -159,8 +170,8 @@ class Device:
 class Readback:
     """A small buffer through which the GPU hands results to the host, used again and again.
 
-    The host may be interrupted (Ctrl-C) at any point between `claim` and `read`; the next `claim` then
-    waits for what is still under way. A mapped buffer must not be copied to.
+    The host may be interrupted (Ctrl-C) at any point between `claim` and `read`; the next `claim`
+    then waits for what is still under way. A mapped buffer must not be copied to.
     """
 
     def __init__(self, device: Device, label: str, size_bytes: int) -> None:

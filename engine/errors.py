@@ -1,8 +1,12 @@
-"""What can go wrong for a user. Libraries raise these; chat and the commands print one line and exit with 1."""
+"""What can go wrong for a user. Libraries raise these; chat and the commands print one line and
+exit with 1.
+"""
 
 
 class EngineError(Exception):
-    """Base of every error whose text is meant for the user: what, where, expected, found, what to do."""
+    """Base of every error whose text is meant for the user: what, where, expected, found, what to
+    do.
+    """
 
 
 class DeviceError(EngineError):

@@ -38,7 +38,7 @@ class Memory:
 
 @dataclass
 class Stats:
-    """What one generation took. The first answer token is the prompt's: it counts as prompt time."""
+    """What one generation took. The first answer token counts as the prompt's time."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt: already in the cache
@@ -52,7 +52,12 @@ class Engine:
     """A model ready to run. One generation at a time; the cache is kept between generations."""
 
     def __init__(
-        self, weights: WeightsFile, device: Device, *, exact: bool = False, context: int | None = None
+        self,
+        weights: WeightsFile,
+        device: Device,
+        *,
+        exact: bool = False,
+        context: int | None = None,
     ) -> None:
         self.weights = weights
         self.config = weights.config
@@ -62,20 +67,28 @@ class Engine:
         limit = self.config.max_seq_len
         self.context = min(DEFAULT_CONTEXT, limit) if context is None else context
         if not 1 <= self.context <= limit:
-            raise EngineError(f"context is {self.context}, this model works with 1 to {limit} positions")
+            raise EngineError(
+                f"context is {self.context}, this model works with 1 to {limit} positions"
+            )
         self.tokenizer = Tokenizer(weights.tokenizer_json, weights.chat_template, self.config)
+        before = device.allocated_bytes
         self._model = Llama(device, weights, self.context, exact=exact)
         self._sampler = Sampler(
-            self._model.kernels, self._model.state, self._model.logits.buffer, self.config.vocab_size
+            self._model.kernels,
+            self._model.state,
+            self._model.logits.buffer,
+            self.config.vocab_size,
         )
         step = (self._model.layers[1], self._model.last_head[1], self._sampler.plan)
         self._step = step
-        # A fast GPU is kept busy by several tokens a submit and one submit ahead; on a software adapter a token
-        # takes so long that this would only delay it.
+        # A fast GPU is kept busy by several tokens a submit and one submit ahead; on a software
+        # adapter a token takes so long that this would only delay it.
         self._tokens_per_submit = 1 if device.software else 8
         self._submits_ahead = 0 if device.software else 1
-        self._chunks_ahead = 1 if device.software else 16  # of a prompt: Ctrl-C is heard between them
+        # Chunks of a prompt that are queued at once: Ctrl-C is heard between such batches.
+        self._chunks_ahead = 1 if device.software else 16
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING) for i in range(2)]
+        self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
 
@@ -99,7 +112,7 @@ class Engine:
 
     def memory(self) -> Memory:
         used = self._model.weights_bytes, self._model.cache_bytes
-        return Memory(*used, self.device.allocated_bytes - sum(used))
+        return Memory(*used, self._allocated_bytes - sum(used))
 
     @property
     def weight_bytes_per_token(self) -> int:
@@ -109,7 +122,7 @@ class Engine:
         return sum(matrix.read_bytes for matrix in matrices)
 
     def gpu_seconds(self, n_steps: int) -> float | None:
-        """GPU time of `n_steps` further tokens after the last generation, by timestamps; None where there are none.
+        """GPU time of `n_steps` tokens more after the last generation; None without timestamps.
 
         What a token takes beyond this is the host's. For benchmarks: the tokens are thrown away.
         """
@@ -168,14 +181,16 @@ class Engine:
         self._check(token_ids)
         self._stop_active()
         stops = self.config.eos_token_ids if stop_ids is None else stop_ids
-        self._active = Generation(self, list(token_ids), max_tokens, sampling or Sampling(), frozenset(stops))
+        self._active = Generation(
+            self, list(token_ids), max_tokens, sampling or Sampling(), frozenset(stops)
+        )
         return self._active
 
     def _check(self, token_ids: Sequence[int]) -> None:
         if not 1 <= len(token_ids) <= self.context:
             raise EngineError(
-                f"the prompt has {len(token_ids)} tokens, expected 1 to {self.context} (the context); "
-                "shorten it or open the model with a larger --context"
+                f"the prompt has {len(token_ids)} tokens, expected 1 to {self.context} (the "
+                "context); shorten it or open the model with a larger --context"
             )
         vocab_size = self.config.vocab_size
         if not all(0 <= token < vocab_size for token in token_ids):
@@ -187,7 +202,7 @@ class Engine:
             self._active = None
 
     def _read_prompt(self, token_ids: list[int], sampling: Sampling) -> int:
-        """Submit the passes of a prompt and the sampling of what follows it; returns the tokens reused."""
+        """Submit the passes of a prompt and of the token after it; returns the tokens reused."""
         reused = 0
         for ours, theirs in zip(self._cached, token_ids[:-1], strict=False):
             if ours != theirs:
@@ -210,7 +225,7 @@ class Engine:
         return reused
 
     def _submit(self, n_steps: int) -> Readback:
-        """Queue `n_steps` tokens, each the next one's input; what is read back is the ring of sampled tokens."""
+        """Queue `n_steps` tokens, each the next one's input; the ring of tokens is read back."""
         readback = self._readbacks[0]
         self._readbacks.reverse()
         target = readback.claim()
@@ -258,8 +273,8 @@ class Generation:
         sampling: Sampling,
         stop_ids: frozenset[int],
     ) -> Any:
-        # The prompt's own last pass samples the first token; each further token takes one step, whose input must
-        # still have a position.
+        # The prompt's own last pass samples the first token; each further token takes one step,
+        # whose input must still have a position.
         room = engine.context - len(token_ids) + 1
         wanted = min(max_tokens, room)
         if wanted < 1:
@@ -268,7 +283,7 @@ class Generation:
         start = time.perf_counter()
         self.stats.reused_tokens = engine._read_prompt(token_ids, sampling)
         engine._cached = list(token_ids)
-        pending: list[tuple[Readback, int]] = []  # and the tokens that are new in it, the oldest first
+        pending: list[tuple[Readback, int]] = []  # with its number of new tokens, oldest first
         submitted = read = previous = 0
         while read < wanted:
             while submitted < wanted and len(pending) <= engine._submits_ahead:
@@ -297,4 +312,3 @@ class Generation:
                 previous = token
                 yield token
         self.stats.finish_reason = "length" if wanted == max_tokens else "context"
-

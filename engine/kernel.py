@@ -1,7 +1,7 @@
 """Kernels: a .wgsl file becomes a pipeline whose buffers and parameters are bound by name.
 
-The WGSL is the single statement of a kernel's bindings, its `struct Params` and its overrides; this module reads them
-there. A wrong or missing name is an error that lists what the shader declares.
+The WGSL is the single statement of a kernel's bindings, its `struct Params` and its overrides; this
+module reads them there. A wrong or missing name is an error that lists what the shader declares.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import wgpu
 from engine.device import UNIFORM, Device
 
 _IMPORT = re.compile(r"^//#import (\w+)$", re.MULTILINE)
-_BINDING = re.compile(r"@group\(0\) @binding\((\d+)\) var<(uniform|storage, read|storage, read_write)> (\w+):")
+_BINDING = re.compile(
+    r"@group\(0\) @binding\((\d+)\) var<(uniform|storage, read|storage, read_write)> (\w+):"
+)
 _PARAMS = re.compile(r"struct Params \{(.*?)\}", re.DOTALL)
 _FIELD = re.compile(r"(\w+): (u32|i32|f32)")
 _OVERRIDE = re.compile(r"^override (\w+): \w+;", re.MULTILINE)
@@ -40,7 +42,9 @@ def shader_source(name: str) -> str:
     def shared(match: re.Match[str]) -> str:
         file = folder / "shared" / f"{match[1]}.wgsl"
         if not file.is_file():
-            raise FileNotFoundError(f"shaders/{name}.wgsl imports {match[1]}, but there is no {file}")
+            raise FileNotFoundError(
+                f"shaders/{name}.wgsl imports {match[1]}, but there is no {file}"
+            )
         return file.read_text("utf-8")
 
     return _IMPORT.sub(shared, (folder / f"{name}.wgsl").read_text("utf-8"))
@@ -69,7 +73,11 @@ class Kernel:
         self.layout = device.wgpu.create_bind_group_layout(
             label=name,
             entries=[
-                {"binding": i, "visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": _KIND[kind]}}
+                {
+                    "binding": i,
+                    "visibility": wgpu.ShaderStage.COMPUTE,
+                    "buffer": {"type": _KIND[kind]},
+                }
                 for i, kind in self.bindings.values()
             ],
         )
@@ -84,9 +92,12 @@ class Kernel:
         )
 
     def dispatch(
-        self, workgroups: Sequence[int], params: Mapping[str, int | float] | None = None, **buffers: Any
+        self,
+        workgroups: Sequence[int],
+        params: Mapping[str, int | float] | None = None,
+        **buffers: Any,
     ) -> Dispatch:
-        """Record a launch of up to three dimensions of workgroups; `params` fill `struct Params` by name."""
+        """Record a launch of workgroups (x, y, z); `params` fill `struct Params` by name."""
         if self.params:
             buffers["params"] = self._pack(params or {})
         _same_names(f"{self.name}: buffers", buffers, self.bindings)
@@ -94,7 +105,10 @@ class Kernel:
             label=self.name,
             layout=self.layout,
             entries=[
-                {"binding": self.bindings[key][0], "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
+                {
+                    "binding": self.bindings[key][0],
+                    "resource": {"buffer": buffer, "offset": 0, "size": buffer.size},
+                }
                 for key, buffer in buffers.items()
             ],
         )
@@ -122,6 +136,10 @@ class Kernels:
         return self._made[key]
 
 
-def _same_names(what: str, given: Mapping[str, Any], declared: Sequence[str] | Mapping[str, Any]) -> None:
+def _same_names(
+    what: str, given: Mapping[str, Any], declared: Sequence[str] | Mapping[str, Any]
+) -> None:
     if set(given) != set(declared):
-        raise TypeError(f"{what}: the shader declares {sorted(declared)}, given are {sorted(given)}")
+        raise TypeError(
+            f"{what}: the shader declares {sorted(declared)}, given are {sorted(given)}"
+        )

@@ -14,14 +14,15 @@ from engine.kernel import Dispatch
 class Plan:
     """A list of dispatches that is recorded once and replayed for every token.
 
-    Replay calls the backend library directly with handles taken beforehand: 2 us a dispatch instead of the 7 to 10 of
-    the Python objects, which at ten dispatches a layer would be most of a token's time on a fast GPU.
+    Replay calls the backend library directly with handles taken beforehand: 2 us a dispatch instead
+    of the 7 to 10 of the Python objects, which at ten dispatches a layer would be most of a token's
+    time on a fast GPU.
     """
 
     def __init__(self, dispatches: Iterable[Dispatch]) -> None:
         self.dispatches = list(dispatches)  # keeps pipelines and bind groups alive
         lib, null = _api.lib, _api.ffi.NULL
-        self._calls = []
+        self._calls: list[tuple[Any, tuple[Any, ...]]] = []
         previous = None
         for d in self.dispatches:
             pipeline = d.kernel.pipeline

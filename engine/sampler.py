@@ -18,10 +18,11 @@ RING = 64  # sampled tokens that the GPU holds until the host has read them
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 filter nothing.
 
-    Filters apply in this order, as in transformers: temperature, top_k, top_p (Holtzman et al. 2020),
-    min_p (Nguyen et al. 2024). The same seed and prompt give the same text on the same machine.
+    Filters apply in this order, as in transformers: temperature, top_k, top_p (Holtzman et al.
+    2020), min_p (Nguyen et al. 2024). The same seed and prompt give the same text on the same
+    machine.
     """
 
     temperature: float = 0.0
@@ -33,8 +34,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise EngineError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if self.top_k < 0:
-            raise EngineError(f"top_k is {self.top_k}, expected 0 (off) or more")
+        if not 0 <= self.top_k < 1 << 32:
+            raise EngineError(f"top_k is {self.top_k}, expected 0 (off) to {(1 << 32) - 1}")
         if not 0 < self.top_p <= 1:
             raise EngineError(f"top_p is {self.top_p}, expected above 0 and at most 1 (off)")
         if not 0 <= self.min_p <= 1:
@@ -44,7 +45,7 @@ class Sampling:
 
 
 class Sampler:
-    """The passes that turn logits into the next pass's token, and the ring that the tokens go to."""
+    """The passes that turn logits into the next pass's token, and the ring that tokens go to."""
 
     def __init__(self, kernels: Kernels, state: Any, logits: Any, vocab_size: int) -> None:
         self.device: Device = kernels.device
@@ -81,6 +82,9 @@ class Sampler:
 
     def configure(self, sampling: Sampling) -> None:
         settings = np.zeros(4, np.float32)
-        settings[0], settings[2], settings[3] = sampling.temperature, sampling.top_p, sampling.min_p
+        # Below that, float32 has no room for logits / temperature: many would become equal.
+        if sampling.temperature > 1e-30:
+            settings[0] = sampling.temperature
+        settings[2], settings[3] = sampling.top_p, sampling.min_p
         settings.view(np.uint32)[1] = sampling.top_k
         self.device.write(self.settings, settings)

@@ -1,8 +1,9 @@
 """Coded matrices in GPU memory: from the file's layout to the one that an adapter reads fastest.
 
-Streams stay as they are in the file. What is added at load is where lanes may enter them: every
-`segment_blocks` * 32 columns of every row, found by one pass over the matrix on the GPU. How many
-entry points, and which of the two matvec kernels, is the adapter's business and not the format's.
+On a GPU streams stay as they are in the file. What is added at load is where lanes may enter them:
+every `segment_blocks` * 32 columns of every row, found by one pass over the matrix. On a software
+adapter a lane takes whole rows, and the streams of neighbouring rows are interleaved. Both are the
+adapter's business and not the format's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from codec.matrix import CodedMatrix
 from codec.table import decode_table
@@ -23,22 +25,28 @@ BLOCK = 32  # columns that share an activation scale
 TILE = 32  # rows of a workgroup
 MAX_STATES = 4096  # what matvec_rows declares its table to hold
 
-# Lanes that fill a large GPU (an H100 holds 270k, and half of them hide its latency), and the longest segment: longer
-# ones no longer leave all of a subgroup's streams in the L1 cache.
+# Lanes that fill a large GPU (an H100 holds 270k, and half of them hide its latency), and the
+# longest segment: longer ones no longer leave all of a subgroup's streams in the L1 cache.
 _LANES_WANTED = 1 << 16
 _MAX_SEGMENT_BLOCKS = 4
-_MAX_GROUP_LANES = 512  # so that the tables of 2^11 states, one a workgroup, leave an SM its full share of lanes
+_MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
+
+_SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
+_ROWS_PER_LANE = 4  # of matvec_rows: the activations are loaded once for all of them
+_CHUNK_BITS = 128  # what stream_wide reads at a time
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a matvec reads: `tokens` vectors of 32 * n_blocks columns as int8 digits, and their scales."""
+    """What a matvec reads: vectors of 32 * n_blocks columns as int8 digits, and their scales."""
 
     digits: Any  # int8 (tokens, n_digits, 32 * n_blocks)
     scale: Any  # f32 (tokens, n_blocks, 2): scale, sum of the block
 
     @classmethod
-    def empty(cls, device: Device, label: str, tokens: int, n_digits: int, cols: int) -> Activations:
+    def empty(
+        cls, device: Device, label: str, tokens: int, n_digits: int, cols: int
+    ) -> Activations:
         n_blocks = -(-cols // BLOCK)
         return cls(
             device.empty(f"{label}.digits", tokens * n_digits * n_blocks * BLOCK),
@@ -72,7 +80,9 @@ class _Part:
 class GpuMatrix:
     """One coded matrix on one device."""
 
-    def __init__(self, kernels: Kernels, name: str, m: CodedMatrix, *, one_split: bool = False) -> None:
+    def __init__(
+        self, kernels: Kernels, name: str, m: CodedMatrix, *, one_split: bool = False
+    ) -> None:
         """`one_split`: the matvec's output must not be left in parts."""
         device = kernels.device
         self.kernels = kernels
@@ -101,14 +111,43 @@ class GpuMatrix:
         table[: self.n_states] = decode_table(m.marginal, m.log2_states)
         self.table = device.upload(f"{name}.table", table, STORAGE | UNIFORM)
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
-        self.parts = [self._upload(m, begin, end) for begin, end in _row_ranges(m, device.max_binding_bytes)]
+        self.interleave = _SOFTWARE_LANES if self.whole_rows else 1
+        self.parts = [self._upload(m, begin, end) for begin, end in self._row_ranges(m)]
+
+    def _row_ranges(self, m: CodedMatrix) -> Iterator[tuple[int, int]]:
+        """Row ranges, in whole tiles, whose words fit one binding."""
+        # Interleaving fills rows up to the longest beside them: at most one longest row a group.
+        room = 8 * (self.kernels.device.max_binding_bytes - self._guard_bytes(m)) - _CHUNK_BITS
+        longest = int(m.row_bits.max()) + 2 * _CHUNK_BITS
+        ends = m.row_offsets if self.interleave == 1 else np.arange(m.rows + 1) * longest
+        begin = 0
+        while begin < m.rows:
+            end = int(np.searchsorted(ends, ends[begin] + room, side="right")) - 1
+            if end < m.rows:
+                end = begin + max(TILE, (end - begin) // TILE * TILE)
+            end = min(end, m.rows)
+            yield begin, end
+            begin = end
+
+    def _guard_bytes(self, m: CodedMatrix) -> int:
+        """Zeros after the last row: no row reads further, whatever its bits say.
+
+        The kernels decode whole blocks of 32 columns, at most log2_states / 2 + raw_bits bits each,
+        and fetch up to 32 bytes ahead.
+        """
+        cols = -(-m.cols // BLOCK) * BLOCK
+        return self.interleave * ((m.log2_states + 2 * m.raw_bits) * cols // 16 + 64)
 
     def _upload(self, m: CodedMatrix, begin: int, end: int) -> _Part:
         device, rows, padded = self.kernels.device, end - begin, _padded(end - begin)
-        first_word = int(m.row_offsets[begin]) // 32
-        words = m.words[first_word : -(-int(m.row_offsets[end]) // 32)]
+        if self.interleave == 1:
+            first_word = int(m.row_offsets[begin]) // 32
+            words = m.words[first_word : -(-int(m.row_offsets[end]) // 32)]
+            bits = m.row_offsets[begin:end] - 32 * first_word
+        else:
+            words, bits = _interleaved(m, begin, end, self.interleave)
         info = np.zeros((padded, 4), np.uint32)  # struct Row
-        info[:rows, 0] = m.row_offsets[begin:end] - 32 * first_word
+        info[:rows, 0] = bits
         info[:rows, 1] = m.scale[begin:end].astype(np.float32).view(np.uint32)
         info[:rows, 2] = m.outlier_offsets[begin:end]
         info[:rows, 3] = np.diff(m.outlier_offsets[begin : end + 1])
@@ -118,12 +157,12 @@ class GpuMatrix:
         part = _Part(
             begin,
             rows,
-            device.upload(f"{label}.words", words, padding_bytes=_guard_bytes(m)),
+            device.upload(f"{label}.words", words, padding_bytes=self._guard_bytes(m)),
             device.upload(f"{label}.row_info", info),
             device.upload(f"{label}.entries", entries),
         )
         if self.n_segments > 1:
-            kernel = self.kernels.get("entry_points", n_states=self.n_states, raw_bits=self.raw_bits)
+            kernel = self.kernels.get("entry_points", **self._code)
             dispatch = kernel.dispatch(
                 [-(-rows // TILE)],
                 dict(
@@ -141,6 +180,11 @@ class GpuMatrix:
         return part
 
     @property
+    def _code(self) -> dict[str, int]:
+        """Overrides that say how weights are coded and laid out."""
+        return dict(n_states=self.n_states, raw_bits=self.raw_bits, interleave=self.interleave)
+
+    @property
     def read_bytes(self) -> int:
         """Bytes that one matvec reads of the matrix."""
         buffers = [b for part in self.parts for b in (part.words, part.row_info, part.entries)]
@@ -152,12 +196,10 @@ class GpuMatrix:
 
     def matvec(self, x: Activations, y: Output, *, tokens: int, digits: int) -> Iterator[Dispatch]:
         """y[split, t] = the split's share of W x[t]."""
-        code = dict(n_states=self.n_states, raw_bits=self.raw_bits, tokens=tokens, digits=digits)
+        code = dict(tokens=tokens, digits=digits, **self._code)
         if self.whole_rows:
-            # Loading activations is most of a software adapter's work on many tokens: share it among rows.
-            rows_per_lane = 1 if tokens == 1 else 4
-            kernel = self.kernels.get("matvec_rows", rows_per_lane=rows_per_lane, **code)
-            tile, segments = 8 * rows_per_lane, {}
+            kernel = self.kernels.get("matvec_rows", rows_per_lane=_ROWS_PER_LANE, **code)
+            tile, segments = _SOFTWARE_LANES * _ROWS_PER_LANE, {}
         else:
             group = self.segments_per_group
             kernel = self.kernels.get(
@@ -190,7 +232,7 @@ class GpuMatrix:
 
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
-        kernel = self.kernels.get("embed", n_states=self.n_states, raw_bits=self.raw_bits)
+        kernel = self.kernels.get("embed", **self._code)
         for part in self.parts:
             yield kernel.dispatch(
                 [-(-self.n_segments // 32), tokens],
@@ -217,24 +259,29 @@ def _padded(rows: int) -> int:
     return -(-rows // TILE) * TILE
 
 
-def _guard_bytes(m: CodedMatrix) -> int:
-    """Zeros after the last row: a damaged or padded row reads no further, whatever its bits say.
+def _interleaved(
+    m: CodedMatrix, begin: int, end: int, lanes: int
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """The rows' streams with the 16-byte chunks of every `lanes` rows alternating, and where each
+    starts.
 
-    The kernels decode whole blocks of 32 columns, at most log2_states / 2 + raw_bits bits each, and
-    fetch up to 32 bytes ahead.
+    A row keeps its offset within the first chunk; its next chunk is `lanes` chunks further on.
     """
-    cols = -(-m.cols // BLOCK) * BLOCK
-    return (m.log2_states + 2 * m.raw_bits) * cols // 16 + 64
+    rows = end - begin
+    first = m.row_offsets[begin:end] // _CHUNK_BITS
+    counts = -(-m.row_offsets[begin + 1 : end + 1] // _CHUNK_BITS) - first
+    groups = np.zeros((-(-rows // lanes), lanes), np.int64)
+    groups.ravel()[:rows] = counts
+    widths = groups.max(axis=1)
+    group_starts = lanes * (np.cumsum(widths) - widths)
+    row = np.arange(rows)
+    starts = group_starts[row // lanes] + row % lanes
 
-
-def _row_ranges(m: CodedMatrix, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Row ranges, in whole tiles, whose words fit one binding."""
-    room_bits = 8 * (max_bytes - _guard_bytes(m) - 64)
-    begin = 0
-    while begin < m.rows:
-        end = int(np.searchsorted(m.row_offsets, m.row_offsets[begin] + room_bits, side="right")) - 1
-        if end < m.rows:
-            end = begin + max(TILE, (end - begin) // TILE * TILE)
-        end = min(end, m.rows)
-        yield begin, end
-        begin = end
+    base = 4 * first[0]
+    words = np.zeros(-(-(m.words.size - base) // 4) * 4, np.uint32)
+    words[: m.words.size - base] = m.words[base:]
+    chunk_row = np.repeat(row, counts)
+    step = np.arange(chunk_row.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    out = np.zeros((lanes * int(widths.sum()), 4), np.uint32)
+    out[starts[chunk_row] + lanes * step] = words.reshape(-1, 4)[first[chunk_row] - first[0] + step]
+    return out.ravel(), starts * _CHUNK_BITS + m.row_offsets[begin:end] % _CHUNK_BITS

@@ -1,7 +1,8 @@
 """The keys and values of the positions read so far: f16, or f32 for the exact mode.
 
-Rounding to f16 turns differences of f32 rounding into differences of f16 rounding wherever a value lies near a
-boundary: enough, through 30 layers, to move a logit by 0.01. An exact mode cannot have that.
+Rounding to f16 turns differences of f32 rounding into differences of f16 rounding wherever a value
+lies near a boundary: enough, through 30 layers, to move a logit by 0.01. An exact mode cannot have
+that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def half_padded(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Per layer one buffer each for keys and values: u32 (n_kv_heads, max_pos, 2 if f32 else 1, half_padded)."""
+    """Per layer one buffer each for keys and values: u32 (n_kv_heads, max_pos, 2 if f32 else 1,
+    half_padded).
+    """
 
     max_pos: int
     f32: bool

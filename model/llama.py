@@ -1,7 +1,8 @@
 """A Llama as compute passes: one dispatch per line, in the order of the paper.
 
-Everything is made at load: weights, activations, cache, and the recorded plans that a step replays. The same plan serves
-every position: what changes from step to step is in the `state` buffer, on the GPU.
+Everything is made at load: weights, activations, cache, and the recorded plans that a step replays.
+The same plan serves every position: what changes from step to step is in the `state` buffer, on the
+GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Layer:
             return GpuMatrix(kernels, f"{name}.{suffix}", weights.matrix(f"{name}.{suffix}"))
 
         def vector(suffix: str) -> Any:
-            return kernels.device.upload(f"{name}.{suffix}", weights.tensor(f"{name}.{suffix}.weight"))
+            return kernels.device.upload(
+                f"{name}.{suffix}", weights.tensor(f"{name}.{suffix}.weight")
+            )
 
         self.input_layernorm = vector("input_layernorm")
         self.qkv_proj = matrix("self_attn.qkv_proj")
@@ -49,11 +52,13 @@ class Layer:
 class Llama:
     """The model on one device, with room for `max_pos` positions.
 
-    `layers[tokens]` is the plan of all blocks for a pass of 1 or MAX_TOKENS tokens; `last_head` gives the logits of the
-    pass's last token (in row 0), `all_heads` those of all MAX_TOKENS.
+    `layers[tokens]` is the plan of all blocks for a pass of 1 or MAX_TOKENS tokens; `last_head`
+    gives the logits of the pass's last token (in row 0), `all_heads` those of all MAX_TOKENS.
     """
 
-    def __init__(self, device: Device, weights: WeightsFile, max_pos: int, *, exact: bool = False) -> None:
+    def __init__(
+        self, device: Device, weights: WeightsFile, max_pos: int, *, exact: bool = False
+    ) -> None:
         self.device = device
         self.config = c = weights.config
         self.kernels = Kernels(device)
@@ -64,19 +69,26 @@ class Llama:
         self.embed_tokens = GpuMatrix(self.kernels, "model.embed_tokens", tied, one_split=True)
         self.lm_head = self.embed_tokens
         if not c.tie_embeddings:
-            self.lm_head = GpuMatrix(self.kernels, "lm_head", weights.matrix("lm_head"), one_split=True)
+            self.lm_head = GpuMatrix(
+                self.kernels, "lm_head", weights.matrix("lm_head"), one_split=True
+            )
         self.blocks = [Layer(self.kernels, weights, i) for i in range(c.n_layers)]
         self.norm = device.upload("model.norm", weights.tensor("model.norm.weight"))
         self.weights_bytes = device.allocated_bytes - before
 
         before = device.allocated_bytes
-        # A pass of MAX_TOKENS at the very end writes nothing beyond max_pos: only positions of real tokens are written.
+        # A pass of MAX_TOKENS at the very end writes nothing beyond max_pos: only positions of real
+        # tokens are written.
         self.cache = KVCache.empty(device, c, max_pos, f32=exact)
         self.cache_bytes = device.allocated_bytes - before
 
-        # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits fill it.
+        # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
+        # fill it.
         self._splits = 1 if device.software else 16
         self._lanes = 64 if device.software else 256
+        # A CPU goes through every lane's code, idle or not: no more of them than a position's
+        # values need.
+        self._attention_lanes = max(16, half_padded(c) // 4 + 7 & ~7) if device.software else 64
         n, d = MAX_TOKENS, self.digits
         first = self.blocks[0]
         self.state = device.empty("state", 4 * (4 + n))
@@ -84,7 +96,9 @@ class Llama:
         self.xn = Activations.empty(device, "xn", n, d, c.dim)
         self.qkv = first.qkv_proj.output("qkv", n)
         self.q = device.empty("q", 4 * n * c.n_heads * 2 * half_padded(c))
-        self.partial = device.empty("attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2))
+        self.partial = device.empty(
+            "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
+        )
         self.attn = Activations.empty(device, "attn", n, d, c.q_dim)
         self.o = first.o_proj.output("o", n)
         self.gate_up = first.gate_up_proj.output("gate_up", n)
@@ -127,7 +141,9 @@ class Llama:
         yield self._rms_norm(self.down, self.norm, tokens, pass_tokens=pass_tokens)
         yield from self.lm_head.matvec(self.xn, self.logits, tokens=tokens, digits=self.digits)
 
-    def _rms_norm(self, y: Output | None, weight: Any, tokens: int, pass_tokens: int | None = None) -> Dispatch:
+    def _rms_norm(
+        self, y: Output | None, weight: Any, tokens: int, pass_tokens: int | None = None
+    ) -> Dispatch:
         """x += y, xn = norm(x); for the head of one token that token is the last of the pass."""
         pass_tokens = pass_tokens or tokens
         dim = self.config.dim
@@ -176,7 +192,9 @@ class Llama:
 
     def _attention(self, keys: Any, values: Any, tokens: int) -> Dispatch:
         c = self.config
-        return self.kernels.get("attention", cache_f32=self.cache.f32).dispatch(
+        return self.kernels.get(
+            "attention", cache_f32=self.cache.f32, lanes=self._attention_lanes
+        ).dispatch(
             [self._splits, c.n_heads, tokens],
             dict(
                 n_heads=c.n_heads,
@@ -196,7 +214,9 @@ class Llama:
     def _attention_combine(self, tokens: int) -> Dispatch:
         c = self.config
         n_blocks = -(-c.q_dim // 32)
-        return self.kernels.get("attention_combine", lanes=self._lanes, digits=self.digits).dispatch(
+        return self.kernels.get(
+            "attention_combine", lanes=self._lanes, digits=self.digits
+        ).dispatch(
             [-(-n_blocks * 8 // self._lanes), tokens],
             dict(
                 n_heads=c.n_heads,

@@ -5,6 +5,7 @@
 //#import state
 
 override cache_f32: bool;
+override lanes: u32;  // a multiple of 8, at least half_padded / 4
 
 struct Params {
   n_heads: u32,
@@ -15,9 +16,7 @@ struct Params {
   scale: f32,  // 1 / sqrt(head_dim)
 }
 
-const LANES = 64u;
-const PER_LANE = 4u;  // positions of a tile that one lane scores
-const TILE = 256u;    // LANES * PER_LANE
+const PER_LANE = 4u;  // neighbouring positions that one lane scores; lanes * PER_LANE are a tile
 const NEVER = -1e30;  // below every score; not infinite, so that differences of two stay numbers
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -27,9 +26,11 @@ const NEVER = -1e30;  // below every score; not infinite, so that differences of
 @group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read_write> partial: array<f32>;     // (tokens, n_heads, n_splits, 2 half_padded + 2)
 
-var<workgroup> weights: array<f32, TILE>;
-var<workgroup> lane_value: array<f32, LANES>;
-var<workgroup> sums: array<vec4<f32>, 128>;  // 2 * LANES
+var<workgroup> weights: array<vec4<f32>, lanes>;
+var<workgroup> maxima: array<f32, lanes>;
+var<workgroup> group_lo: array<vec4<f32>, lanes>;
+var<workgroup> group_hi: array<vec4<f32>, lanes>;
+var<workgroup> group_sum: array<f32, lanes>;
 
 struct Pair { lo: vec4<f32>, hi: vec4<f32> }  // elements i.. and i + head_dim / 2..
 
@@ -59,7 +60,7 @@ fn value(row: u32, i: u32) -> Pair {
   return unpack_f16(v_cache[row * quads + i]);
 }
 
-// Scores of the positions `pos`, `pos + LANES`, ...: q is loaded once for all of them.
+// Scores of the positions pos .. pos + PER_LANE - 1: q is loaded once for all of them.
 fn scores_at(query: u32, first_row: u32, pos: u32, length: u32) -> vec4<f32> {
   let quads = params.half_padded / 4u;
   var sums = vec4<f32>(0.0);
@@ -67,32 +68,32 @@ fn scores_at(query: u32, first_row: u32, pos: u32, length: u32) -> vec4<f32> {
     let lo = q[query + i];
     let hi = q[query + quads + i];
     for (var j = 0u; j < PER_LANE; j++) {
-      if (pos + j * LANES < length) {
-        let k = key(first_row + pos + j * LANES, i);
+      if (pos + j < length) {
+        let k = key(first_row + pos + j, i);
         sums[j] += dot(lo, k.lo) + dot(hi, k.hi);
       }
     }
   }
-  let at = vec4<u32>(pos) + vec4<u32>(0u, LANES, 2u * LANES, 3u * LANES);
+  let at = vec4<u32>(pos) + vec4<u32>(0u, 1u, 2u, 3u);
   return select(vec4<f32>(NEVER), sums * params.scale, at < vec4<u32>(length));
 }
 
 fn max_over_lanes(lane: u32, value: f32) -> f32 {
-  lane_value[lane] = value;
-  workgroupBarrier();
-  if (lane < 8u) {
-    var largest = NEVER;
-    for (var i = 0u; i < 8u; i++) { largest = max(largest, lane_value[8u * lane + i]); }
-    weights[lane] = largest;  // free until this tile's weights are written
-  }
+  maxima[lane] = value;
   workgroupBarrier();
   var largest = NEVER;
-  for (var i = 0u; i < 8u; i++) { largest = max(largest, weights[i]); }
+  if (lane < 8u) {
+    for (var i = lane; i < lanes; i += 8u) { largest = max(largest, maxima[i]); }
+  }
   workgroupBarrier();
+  if (lane < 8u) { maxima[lane] = largest; }
+  workgroupBarrier();
+  largest = NEVER;
+  for (var i = 0u; i < 8u; i++) { largest = max(largest, maxima[i]); }
   return largest;
 }
 
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
   let split = group.x;
   let head = group.y;
@@ -100,48 +101,50 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   if (token >= state.n_tokens) { return; }
   let quads = params.half_padded / 4u;
   let length = state.pos + token + 1u;
-  let kv_head = head / (params.n_heads / params.n_kv_heads);
   let query = (token * params.n_heads + head) * 2u * quads;
-  let first_row = kv_head * params.max_pos;
+  let first_row = head / (params.n_heads / params.n_kv_heads) * params.max_pos;
 
-  let n_groups = LANES / quads;  // groups of lanes that share a position's value row
+  let n_groups = lanes / quads;  // groups of lanes, each of which adds up its share of the positions' values
   let my_group = lane / quads;
   let quad = lane % quads;
   var running_max = NEVER;
-  var running_sum = 0.0;  // of this lane's own positions
+  var sum = 0.0;
   var lo = vec4<f32>(0.0);
   var hi = vec4<f32>(0.0);
-  for (var tile = split * TILE; tile < length; tile += params.n_splits * TILE) {
-    let scores = scores_at(query, first_row, tile + lane, length);
+  let tile_size = lanes * PER_LANE;
+  for (var tile = split * tile_size; tile < length; tile += params.n_splits * tile_size) {
+    let scores = scores_at(query, first_row, tile + PER_LANE * lane, length);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);
     running_max = new_max;
-    let e = exp(scores - new_max);  // NEVER becomes 0
-    for (var i = 0u; i < PER_LANE; i++) { weights[i * LANES + lane] = e[i]; }
-    running_sum = running_sum * correction + e.x + e.y + e.z + e.w;
+    weights[lane] = exp(scores - new_max);  // NEVER becomes 0
     workgroupBarrier();
+    sum *= correction;
     lo *= correction;
     hi *= correction;
     if (my_group < n_groups) {
-      for (var i = my_group; i < min(TILE, length - tile); i += n_groups) {
+      for (var i = my_group; i < min(tile_size, length - tile); i += n_groups) {
+        let weight = weights[i / PER_LANE][i % PER_LANE];
         let v = value(first_row + tile + i, quad);
-        lo += weights[i] * v.lo;
-        hi += weights[i] * v.hi;
+        sum += weight;
+        lo += weight * v.lo;
+        hi += weight * v.hi;
       }
     }
     workgroupBarrier();
   }
 
-  lane_value[lane] = running_sum;
-  sums[2u * lane] = lo;
-  sums[2u * lane + 1u] = hi;
+  group_sum[lane] = sum;
+  group_lo[lane] = lo;
+  group_hi[lane] = hi;
   workgroupBarrier();
   let out = ((token * params.n_heads + head) * params.n_splits + split) * (2u * params.half_padded + 2u);
   if (lane < quads) {
-    for (var i = 1u; i < n_groups; i++) {
-      lo += sums[2u * (i * quads + lane)];
-      hi += sums[2u * (i * quads + lane) + 1u];
+    for (var i = lane + quads; i < n_groups * quads; i += quads) {
+      sum += group_sum[i];
+      lo += group_lo[i];
+      hi += group_hi[i];
     }
     for (var k = 0u; k < 4u; k++) {
       partial[out + 4u * lane + k] = lo[k];
@@ -149,9 +152,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     }
   }
   if (lane == 0u) {
-    var total = 0.0;
-    for (var i = 0u; i < LANES; i++) { total += lane_value[i]; }
     partial[out + 2u * params.half_padded] = running_max;
-    partial[out + 2u * params.half_padded + 1u] = total;
+    partial[out + 2u * params.half_padded + 1u] = sum;
   }
 }

@@ -8,7 +8,7 @@
 //#import matrix
 //#import dot
 
-const LANES = 8u;  // one AVX2 vector
+const LANES = 8u;  // one AVX2 vector; the rows that interleave
 
 struct Params {
   row_begin: u32,

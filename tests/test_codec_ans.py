@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codec import ans
+from codec.choice import FAST_RAW_BITS, SLOW_BITS
 from codec.matrix import encode_matrix
 from codec.pairs import to_pairs
 from codec.table import build_table, decode_table, quantize_marginal
@@ -105,10 +106,12 @@ def test_rate_is_within_one_percent_of_constriction(kind, step, p):
 def test_rate_of_a_gaussian_is_near_its_entropy(step):
     """Streams, first states and outliers with 2^12 states: within 0.035 bit/weight.
 
-    Of these, first states are 0.004, and at the highest rate three columns of padding 0.006.
+    Of these, first states are 0.004, and at the highest rate three columns of padding 0.006. Up to
+    SLOW_BITS more is what a code may cost that stays at FAST_RAW_BITS.
     """
     q = np.rint(draw("gauss", (40, 3001)) / step).astype(np.int32)
     m = encode_matrix(q, np.ones(40), 12)
     p = np.unique(q, return_counts=True)[1] / q.size
     bits = (m.payload_bits + 12 * m.rows + 32 * m.outliers.size) / q.size
-    assert 0 < bits + p @ np.log2(p) < 0.035
+    speed = SLOW_BITS if m.raw_bits == FAST_RAW_BITS else 0
+    assert 0 < bits + p @ np.log2(p) < 0.035 + speed

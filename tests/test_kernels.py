@@ -1,6 +1,8 @@
-"""Each kernel against its numpy twin, on sizes that are multiples of nothing. Integers are compared with ==.
+"""Each kernel against its numpy twin, on sizes that are multiples of nothing. Integers are compared
+with ==.
 
-F32 is half an ulp of float32 relative to the value; an n-term sum in any order is off by at most n * F32 * sum |terms|.
+F32 is half an ulp of float32 relative to the value; an n-term sum in any order is off by at most n
+* F32 * sum |terms|.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def coded(rng: np.random.Generator, rows: int, cols: int, spread: float, log2_states: int) -> CodedMatrix:
+def coded(
+    rng: np.random.Generator, rows: int, cols: int, spread: float, log2_states: int
+) -> CodedMatrix:
     """A matrix with tails heavy enough for outliers; a larger spread gets more raw bits."""
     q = np.round(rng.laplace(size=(rows, cols)) * spread).astype(np.int32)
     return encode_matrix(q, rng.uniform(0.01, 0.1, rows).astype(np.float16), log2_states)
@@ -56,7 +60,9 @@ def digit_activations(
     return Activations(device.upload("digits", d), device.upload("scale", pair)), x[:, :cols]
 
 
-def read_activations(device: Device, a: Activations, tokens: int, digits: int, cols: int) -> dict[str, np.ndarray]:
+def read_activations(
+    device: Device, a: Activations, tokens: int, digits: int, cols: int
+) -> dict[str, np.ndarray]:
     n_blocks = -(-cols // 32)
     d = device.read(a.digits, np.int8, (tokens, digits, n_blocks * 32))
     scale = device.read(a.scale, np.float32, (tokens, n_blocks, 2)).astype(np.float64)
@@ -65,9 +71,15 @@ def read_activations(device: Device, a: Activations, tokens: int, digits: int, c
 
 
 def check_quantized(
-    assert_close: Callable[..., None], got: dict[str, np.ndarray], want: np.ndarray, digits: int, error: Any
+    assert_close: Callable[..., None],
+    got: dict[str, np.ndarray],
+    want: np.ndarray,
+    digits: int,
+    error: Any,
 ) -> None:
-    """Digits on the device against the float64 values they should stand for, themselves known to `error`."""
+    """Digits on the device against the float64 values they should stand for, themselves known to
+    `error`.
+    """
     tokens, cols = want.shape
     n_blocks = -(-cols // 32)
     padded = np.zeros((tokens, n_blocks * 32))
@@ -80,11 +92,13 @@ def check_quantized(
     assert not got["padding"].any()
     x = np.zeros_like(padded)
     x[:, :cols] = got["x"]
-    assert_close(got["sum"], x.reshape(tokens, n_blocks, 32).sum(axis=2), 64 * F32 * 127 * 32 * scale)
+    assert_close(
+        got["sum"], x.reshape(tokens, n_blocks, 32).sum(axis=2), 64 * F32 * 127 * 32 * scale
+    )
 
 
-# (rows, cols, spread, log2_states): rows below, at and beside the tile; columns odd and beside the blocks; the spreads
-# lead to 0 to 4 raw bits.
+# (rows, cols, spread, log2_states): rows below, at and beside the tile; columns odd and beside the
+# blocks; the spreads lead to 0 to 4 raw bits.
 MATRICES = [
     (7, 33, 1.0, 11),
     (65, 575, 2.5, 12),
@@ -124,8 +138,9 @@ def test_matvec(
 
     w = dequantize(m).astype(np.float64)
     want = x @ w.T
-    # Integer dots are exact. Each block adds its dot and the offset that symbols are counted from, which may be as
-    # large as 128 * 2^raw_bits steps; then blocks, outliers and the scale: n_blocks + 8 roundings of such terms.
+    # Integer dots are exact. Each block adds its dot and the offset that symbols are counted from,
+    # which may be as large as 128 * 2^raw_bits steps; then blocks, outliers and the scale: n_blocks
+    # + 8 roundings of such terms.
     scale = m.scale.astype(np.float64)
     symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
     terms = np.abs(x) @ (symbols * scale[:, None]).T
@@ -169,7 +184,10 @@ def test_matvec_in_parts_equals_whole(
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_entry_points(
-    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, matrix: tuple[int, int, float, int]
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    matrix: tuple[int, int, float, int],
 ) -> None:
     monkeypatch.setattr(kernels.device, "software", False)
     m = coded(rng, *matrix)
@@ -202,14 +220,23 @@ def test_embed(
     want = reference.embed(dequantize(m), tokens)
     # One product; at an outlier two products of no more than 2^17 steps each, and their sum.
     scale = m.scale.astype(np.float64)[tokens, None]
-    assert_close(got, want, F32 * np.abs(want) + F32 * np.where(np.abs(want) > 16 * scale, 4 * np.abs(want), 0))
+    assert_close(
+        got,
+        want,
+        F32 * np.abs(want) + F32 * np.where(np.abs(want) > 16 * scale, 4 * np.abs(want), 0),
+    )
 
 
 @pytest.mark.parametrize("digits", [1, 3])
 @pytest.mark.parametrize("dim", [40, 576, 1003])
 @pytest.mark.parametrize("splits", [0, 3])
 def test_rms_norm(
-    kernels: Kernels, rng: np.random.Generator, assert_close: Callable[..., None], dim: int, digits: int, splits: int
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    dim: int,
+    digits: int,
+    splits: int,
 ) -> None:
     device, tokens, eps = kernels.device, 3, 1e-5
     x0 = rng.normal(size=(tokens, dim)).astype(np.float32)
@@ -231,14 +258,21 @@ def test_rms_norm(
     terms = np.abs(x0) + np.abs(y[:splits]).sum(axis=0)
     assert_close(device.read(x, np.float32, x0.shape), sums, (splits + 1) * F32 * terms)
     want = reference.rms_norm(sums, weight.astype(np.float64), eps)
-    # Inputs off by splits + 1 roundings, the mean of squares by dim of them (half of that after the root), inverseSqrt
-    # by 2 ulp (WGSL) and three products.
+    # Inputs off by splits + 1 roundings, the mean of squares by dim of them (half of that after the
+    # root), inverseSqrt by 2 ulp (WGSL) and three products.
     relative = (splits + 1 + dim / 2 + 4 + 3) * F32
-    error = relative * np.abs(want) + (splits + 1) * F32 * terms / np.sqrt((sums**2).mean(axis=1, keepdims=True)) * 2
-    check_quantized(assert_close, read_activations(device, out, tokens, digits, dim), want, digits, error)
+    error = (
+        relative * np.abs(want)
+        + (splits + 1) * F32 * terms / np.sqrt((sums**2).mean(axis=1, keepdims=True)) * 2
+    )
+    check_quantized(
+        assert_close, read_activations(device, out, tokens, digits, dim), want, digits, error
+    )
 
 
-def test_rms_norm_of_the_last_token_goes_to_row_0(kernels: Kernels, rng: np.random.Generator) -> None:
+def test_rms_norm_of_the_last_token_goes_to_row_0(
+    kernels: Kernels, rng: np.random.Generator
+) -> None:
     device, tokens, dim = kernels.device, 5, 70
     x0 = rng.normal(size=(tokens, dim)).astype(np.float32)
     weight = device.upload("weight", np.ones(dim, np.float32))
@@ -282,7 +316,11 @@ def test_a_block_of_zeros_has_scale_zero(kernels: Kernels, digits: int) -> None:
 @pytest.mark.parametrize("digits", [1, 3])
 @pytest.mark.parametrize("hidden_dim", [70, 1536])
 def test_swiglu(
-    kernels: Kernels, rng: np.random.Generator, assert_close: Callable[..., None], hidden_dim: int, digits: int
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    hidden_dim: int,
+    digits: int,
 ) -> None:
     device, tokens, splits = kernels.device, 2, 2
     y = (rng.normal(size=(splits, tokens, 2 * hidden_dim)) * 4).astype(np.float32)
@@ -298,12 +336,15 @@ def test_swiglu(
     run(device, Plan([dispatch]))
     sums = y.astype(np.float64).sum(axis=0)
     want = reference.swiglu(sums)
-    # silu and the product grow by at most 1.1 |other| a unit of input error; exp is good to (3 + 2 |g|) ulp (WGSL).
+    # silu and the product grow by at most 1.1 |other| a unit of input error; exp is good to (3 + 2
+    # |g|) ulp (WGSL).
     gate, up = np.abs(sums[:, :hidden_dim]), np.abs(sums[:, hidden_dim:])
     rounding = 2 * F32 * np.abs(y).sum(axis=0)
     error = 1.1 * rounding[:, :hidden_dim] * up + rounding[:, hidden_dim:] * gate
     error += np.abs(want) * (2 * (3 + 2 * gate) + 8) * F32
-    check_quantized(assert_close, read_activations(device, out, tokens, digits, hidden_dim), want, digits, error)
+    check_quantized(
+        assert_close, read_activations(device, out, tokens, digits, hidden_dim), want, digits, error
+    )
 
 
 HEADS = [(6, 2, 16), (4, 4, 10), (9, 3, 64), (2, 1, 128)]
@@ -311,7 +352,9 @@ HEADS = [(6, 2, 16), (4, 4, 10), (9, 3, 64), (2, 1, 128)]
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
 @pytest.mark.parametrize(("pos", "n_tokens"), [(0, 1), (3, 5), (254, 8), (700, 3)])
-@pytest.mark.parametrize(("n_splits", "cache_f32"), [(1, False), (3, False), (2, True)])
+@pytest.mark.parametrize(
+    ("n_splits", "lanes", "cache_f32"), [(1, 16, False), (3, 64, False), (2, 24, True)]
+)
 def test_rope_cache_and_attention(
     kernels: Kernels,
     rng: np.random.Generator,
@@ -322,6 +365,7 @@ def test_rope_cache_and_attention(
     pos: int,
     n_tokens: int,
     n_splits: int,
+    lanes: int,
     cache_f32: bool,
 ) -> None:
     device, max_pos, theta, splits = kernels.device, 720, 10000.0, 2
@@ -355,9 +399,15 @@ def test_rope_cache_and_attention(
             k_cache=keys,
             v_cache=values,
         ),
-        kernels.get("attention", cache_f32=cache_f32).dispatch(
+        kernels.get("attention", cache_f32=cache_f32, lanes=lanes).dispatch(
             [n_splits, n_heads, tokens],
-            dict(n_kv_heads=n_kv_heads, max_pos=max_pos, n_splits=n_splits, scale=head_dim**-0.5, **sizes),
+            dict(
+                n_kv_heads=n_kv_heads,
+                max_pos=max_pos,
+                n_splits=n_splits,
+                scale=head_dim**-0.5,
+                **sizes,
+            ),
             state=state,
             q=q,
             k_cache=keys,
@@ -385,22 +435,29 @@ def test_rope_cache_and_attention(
         return np.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1).transpose(1, 0, 2)
 
     got_k, got_v = unpack(keys), unpack(values)
-    # A sum, a rotation (two products and a sum of numbers below 2 |y|), the table's own rounding; then half an ulp
-    # of f16, 2^-11 of the value: the cast may round either way where f32 was off.
+    # A sum, a rotation (two products and a sum of numbers below 2 |y|), the table's own rounding;
+    # then half an ulp of f16, 2^-11 of the value: the cast may round either way where f32 was off.
     size = np.abs(y).sum(axis=0).max()
     half_ulp = 0.0 if cache_f32 else 2.0**-11
     assert_close(got_k[written], want_k, half_ulp * np.abs(want_k) + 2.0**-24 + 12 * F32 * size)
     assert_close(got_v[written], want_v, half_ulp * np.abs(want_v) + 2.0**-24 + 12 * F32 * size)
     untouched = np.ones(max_pos, bool)
     untouched[written] = False
-    assert (got_k[untouched] == past[0][untouched]).all() and (got_v[untouched] == past[1][untouched]).all()
-    got_q = device.read(q, np.float32, (tokens, n_heads, 2, padded))[:n_tokens, :, :, :half].reshape(want_q.shape)
+    assert (got_k[untouched] == past[0][untouched]).all() and (
+        got_v[untouched] == past[1][untouched]
+    ).all()
+    got_q = device.read(q, np.float32, (tokens, n_heads, 2, padded))[
+        :n_tokens, :, :, :half
+    ].reshape(want_q.shape)
     assert_close(got_q, want_q, 12 * F32 * size)
 
-    # On the very keys, values and queries that the kernels hold: what is left is f32 arithmetic. A score is a sum of
-    # head_dim products; its error e changes a weight by a factor of 1 +- e, and so the mean by 2 e of the largest
-    # value; sums over positions add n_pos roundings, exp its (3 + 2 |score|) ulp.
-    want = reference.attention(got_q.astype(np.float64), got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    # On the very keys, values and queries that the kernels hold: what is left is f32 arithmetic. A
+    # score is a sum of head_dim products; its error e changes a weight by a factor of 1 +- e, and
+    # so the mean by 2 e of the largest value; sums over positions add n_pos roundings, exp its (3 +
+    # 2 |score|) ulp.
+    want = reference.attention(
+        got_q.astype(np.float64), got_k.astype(np.float64), got_v.astype(np.float64), pos
+    )
     n_pos = pos + n_tokens
     largest = np.abs(got_v[:n_pos]).max()
     score = np.abs(got_q).max() * np.abs(got_k[:n_pos]).max() * head_dim**0.5
@@ -453,14 +510,18 @@ def test_sampling_threshold_keeps_what_the_filters_keep(
     sampling = Sampling(**filters)
     draw(sampler, state, sampling, pos=0)
     threshold = sampler.device.read(sampler.threshold, np.float32, (1,))[0]
-    assert set(np.flatnonzero(logits >= threshold)) == set(reference.sampling_support(logits, sampling))
+    assert set(np.flatnonzero(logits >= threshold)) == set(
+        reference.sampling_support(logits, sampling)
+    )
 
 
 @pytest.mark.parametrize("filters", FILTERS)
 def test_sampling_draws_what_its_twin_draws(
     kernels: Kernels, rng: np.random.Generator, filters: dict[str, Any]
 ) -> None:
-    """The noise is a hash, so numpy draws the same tokens; a tie within f32 rounding is all that may differ."""
+    """The noise is a hash, so numpy draws the same tokens; a tie within f32 rounding is all that
+    may differ.
+    """
     logits = (rng.normal(size=5003) * 3).astype(np.float32)
     sampler, state = sampler_for(kernels, logits)
     sampling = Sampling(seed=20, **filters)
@@ -471,17 +532,23 @@ def test_sampling_draws_what_its_twin_draws(
 
 
 def test_sampling_frequencies_are_the_softmax(kernels: Kernels) -> None:
-    """Pearson's chi-square over 64 * 64 draws; with 15 degrees of freedom 37.7 is passed once in 1000 times."""
+    """Pearson's chi-square over 64 * 64 draws; with 15 degrees of freedom 37.7 is passed once in
+    1000 times.
+    """
     logits = np.linspace(0, 3, 16).astype(np.float32)
     sampler, state = sampler_for(kernels, logits)
-    draws = [draw(sampler, state, Sampling(temperature=1.5, seed=seed), 0, 64) for seed in range(64)]
+    draws = [
+        draw(sampler, state, Sampling(temperature=1.5, seed=seed), 0, 64) for seed in range(64)
+    ]
     counts = np.bincount(np.ravel(draws), minlength=16)
     p = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum()
     expected = counts.sum() * p
     assert ((counts - expected) ** 2 / expected).sum() < 37.7
 
 
-def test_sampling_repeats_with_its_seed_and_position(kernels: Kernels, rng: np.random.Generator) -> None:
+def test_sampling_repeats_with_its_seed_and_position(
+    kernels: Kernels, rng: np.random.Generator
+) -> None:
     sampler, state = sampler_for(kernels, rng.normal(size=1000).astype(np.float32))
     first = draw(sampler, state, Sampling(temperature=1.0, seed=1), 5, 32)
     assert draw(sampler, state, Sampling(temperature=1.0, seed=1), 5, 32) == first
@@ -490,10 +557,14 @@ def test_sampling_repeats_with_its_seed_and_position(kernels: Kernels, rng: np.r
 
 
 def test_kernel_names_what_does_not_match(kernels: Kernels) -> None:
-    with pytest.raises(TypeError, match=r"swiglu: overrides: the shader declares \['digits', 'lanes', 'splits'\]"):
+    with pytest.raises(
+        TypeError, match=r"swiglu: overrides: the shader declares \['digits', 'lanes', 'splits'\]"
+    ):
         kernels.get("swiglu", lanes=64)
     kernel = kernels.get("swiglu", lanes=64, digits=1, splits=1)
     with pytest.raises(TypeError, match=r"params.*hidden_dim"):
         kernel.dispatch([1], {"hidden": 1})
     with pytest.raises(TypeError, match=r"buffers.*x_digits"):
-        kernel.dispatch([1], dict(hidden_dim=1, n_blocks=1, tokens=1), y=kernels.device.empty("y", 16))
+        kernel.dispatch(
+            [1], dict(hidden_dim=1, n_blocks=1, tokens=1), y=kernels.device.empty("y", 16)
+        )

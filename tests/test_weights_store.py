@@ -33,7 +33,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # On both sides of 0 and too far out for any symbol.
     tensors["model.layers.0.self_attn.v_proj.weight"][[19, 3], [39, 5]] = -11, 10
     source = open_source(write_hf_folder(folder / "tiny", SMALL, tensors))
-    convert(source, folder / "tiny.safetensors", bits=5.5, embed_bits=7.5)
+    convert(source, folder / "tiny.safetensors", bits=5.5, embed_bits=7.5, log2_states=12)
     return folder / "tiny.safetensors"
 
 

@@ -37,7 +37,8 @@ DEFAULT_BITS = 5.0  # stored bits per weight of the blocks
 # model at 5 bits, 6 here cost a twentieth of the divergence that the blocks cost.
 LEAST_EMBED_BITS = 6.0
 MIN_BITS, MAX_BITS = 2.0, 8.0
-DEFAULT_LOG2_STATES = 11  # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups
+# 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
+DEFAULT_LOG2_STATES = 11
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")

@@ -34,20 +34,23 @@ fn raw_bytes(window: u32) -> u32 {
   return (halves | (halves << (8u - raw_bits))) & (((1u << raw_bits) - 1u) * 0x01010101u);
 }
 
-// Sixteen decoded weights: byte k of `symbol[j]` and `low[j]` belongs to column 4 j + k, and
-// weight = ((symbol + min_symbol) << raw_bits) + low.
+// Sixteen decoded weights: byte k of `high[j]` and `low[j]` belongs to column 4 j + k, and
+// weight = (high << high_shift()) + low + (min_symbol << raw_bits).
+// With up to 2 raw bits a weight fits one signed byte (at most 127): `high` is all of it. Fewer registers, one dot product.
 struct Weights {
-  symbol: vec4<u32>,
+  high: vec4<u32>,
   low: vec4<u32>,
 }
 
+fn high_shift() -> u32 { return select(0u, raw_bits, raw_bits > 2u); }
+
 fn weight_at(w: Weights, column: u32) -> u32 {  // without min_symbol
   let shift = (column & 3u) * 8u;
-  let symbol = (w.symbol[column >> 2u] >> shift) & 255u;
-  return (symbol << raw_bits) + ((w.low[column >> 2u] >> shift) & 255u);
+  let high = (w.high[column >> 2u] >> shift) & 255u;
+  return (high << high_shift()) + ((w.low[column >> 2u] >> shift) & 255u);
 }
 
-fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // symbol bytes, raw bytes
+fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low`
   var bits = window(s);
   let low = raw_bytes(bits);
   bits = bits << (4u * raw_bits);
@@ -65,7 +68,9 @@ fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // symbol bytes, raw bytes
   let pair1 = table_entry((*s).state);
   (*s).state = next_state(pair1, bits);
   advance(s, used + (pair1 & NBITS));
-  return vec2<u32>(symbol_bytes(pair0, pair1), low);
+  let symbols = symbol_bytes(pair0, pair1);
+  if (raw_bits > 2u) { return vec2<u32>(symbols, low); }
+  return vec2<u32>((symbols << raw_bits) | low, 0u);
 }
 
 fn decode16(s: ptr<function, Stream>) -> Weights {

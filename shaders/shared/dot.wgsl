@@ -40,10 +40,9 @@ fn accumulate_block(streams: ptr<function, array<Stream, MAX_ROWS>>, block: u32,
 }
 
 fn dot16(w: Weights, x: vec4<u32>) -> i32 {
-  if (raw_bits <= 2u) {  // symbol and low bits are at most 127 together: one signed byte
-    return dot_bytes((w.symbol << vec4<u32>(raw_bits)) | w.low, x);
-  }
-  return (dot_bytes(w.symbol, x) << raw_bits) + dot_bytes(w.low, x);
+  let dot = dot_bytes(w.high, x);
+  if (raw_bits <= 2u) { return dot; }
+  return (dot << raw_bits) + dot_bytes(w.low, x);
 }
 
 fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {

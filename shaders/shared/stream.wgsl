@@ -1,6 +1,8 @@
 // A bit stream read word by word, most significant bit first, one word prefetched: for GPUs.
 // The importer provides  words: array<u32>.
 
+override interleave: u32;  // rows whose 16-byte chunks alternate: 1, or what stream_wide.wgsl says
+
 struct Stream {
   state: u32,
   pos: u32,   // bits of w0 already used, 0..31
@@ -12,7 +14,13 @@ struct Stream {
 
 fn open_stream(bit: u32, state: u32) -> Stream {
   let first = bit >> 5u;
-  return Stream(state, bit & 31u, first + 2u, words[first], words[first + 1u], words[first + 2u]);
+  let second = word_after(first);
+  let third = word_after(second);
+  return Stream(state, bit & 31u, third, words[first], words[second], words[third]);
+}
+
+fn word_after(i: u32) -> u32 {
+  return i + 1u + select(0u, 4u * (interleave - 1u), (i & 3u) == 3u);
 }
 
 fn window(s: ptr<function, Stream>) -> u32 {
@@ -25,13 +33,13 @@ fn advance(s: ptr<function, Stream>, bits: u32) {  // bits <= 32; select, not if
   (*s).pos = pos & 31u;
   (*s).w0 = select((*s).w0, (*s).w1, crossed);
   (*s).w1 = select((*s).w1, (*s).w2, crossed);
-  (*s).next += select(0u, 1u, crossed);
+  (*s).next = select((*s).next, word_after((*s).next), crossed);
   (*s).w2 = words[(*s).next];
 }
 
 fn refill(s: ptr<function, Stream>) {}  // every advance has done it
 
-// First bit not yet used, counted from the stream's first word.
+// First bit not yet used, where nothing is interleaved.
 fn stream_bit(s: ptr<function, Stream>) -> u32 {
   return ((*s).next - 2u) * 32u + (*s).pos;
 }

@@ -1,5 +1,9 @@
 // A bit stream read sixteen bytes at a time: for software adapters, where a load costs the same for 4 bytes and 16,
-// and where `select` on registers is all but free. Same contract as stream.wgsl; words is array<vec4<u32>>.
+// and where `select` on registers is all but free. Same contract as stream.wgsl; words is array<vec4<u32>>, in which
+// the chunks of `interleave` neighbouring rows alternate: their lanes then walk through memory together, in a straight
+// line that a CPU's prefetcher sees.
+
+override interleave: u32;
 
 struct Stream {
   state: u32,
@@ -17,7 +21,7 @@ struct Stream {
 
 fn open_stream(bit: u32, state: u32) -> Stream {
   let first = bit >> 7u;
-  var s = Stream(state, bit & 31u, (bit >> 5u) & 3u, first + 1u, words[first], words[first + 1u], 0u, 0u, 0u, 0u, 0u);
+  var s = Stream(state, bit & 31u, (bit >> 5u) & 3u, first + interleave, words[first], words[first + interleave], 0u, 0u, 0u, 0u, 0u);
   align(&s);
   return s;
 }
@@ -45,7 +49,7 @@ fn refill(s: ptr<function, Stream>) {  // after at most 128 bits
   let crossed = (*s).word >= 4u;
   (*s).word &= 3u;
   (*s).a = select((*s).a, (*s).b, crossed);
-  (*s).next += select(0u, 1u, crossed);
+  (*s).next += select(0u, interleave, crossed);
   (*s).b = words[(*s).next];
   align(s);
 }
