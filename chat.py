@@ -10,6 +10,7 @@ import argparse
 import io
 import math
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -332,11 +333,13 @@ def _parser() -> argparse.ArgumentParser:
     draw = parser.add_argument_group("how tokens are drawn").add_argument
     share = _within(float, 0, 1)
     heat = _within(float, 0, 100)
-    draw("-t", "--temperature", type=heat, default=0.0, metavar="T", help="0: always the likeliest")
+    warm = "0: always the likeliest (%(default)s)"
+    draw("-t", "--temperature", type=heat, default=0.5, metavar="T", help=warm)
     draw("--top-k", type=_within(int, 0), default=0, metavar="K", help="among the K likeliest")
     draw("--top-p", type=share, default=1.0, metavar="P", help="among the likeliest that sum to P")
-    draw("--min-p", type=share, default=0.0, metavar="P", help="none below P times the likeliest")
-    draw("--seed", type=_within(int, 0), default=0, metavar="N", help="same seed, same answer")
+    least = "none below P times the likeliest (%(default)s)"
+    draw("--min-p", type=share, default=0.1, metavar="P", help=least)
+    draw("--seed", type=_within(int, 0), metavar="N", help="same seed, same answers")
     return parser
 
 
@@ -355,7 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only now: this loads the GPU library, for which --help and a mistyped flag need not wait.
         from engine import Engine, Sampling
 
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+        seed = secrets.randbits(32) if args.seed is None else args.seed
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, seed)
         engine = Engine.open(
             args.model, exact=args.exact, context=args.context, adapter=args.adapter, bits=args.bits
         )

@@ -11,7 +11,8 @@ __all__ = ["Engine", "Generation", "Sampling"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that `engine.errors` and `--help` cost no GPU library, and weights may import the errors.
+    # Late, so that `engine.errors` and `--help` cost no GPU library, and weights may import the
+    # errors.
     if name in ("Engine", "Generation"):
         from engine import generate
 

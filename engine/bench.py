@@ -1,149 +1,211 @@
 """How fast a model runs here: prompt and generation speed, bytes read, the share of the host.
 
-    python -m engine.bench smollm2
+    python -m engine.bench
     python -m engine.bench model.safetensors --pp 128 512 --tg 128 --depth 0 1024
 
 Rows are named as llama-bench names them: ppN is a prompt of N tokens, tgN the generation of N
 tokens after an (almost) empty context, tgN@dD the same after D tokens. Tokenizing is not part of
-any row; sampling (greedy) is. Medians over repeats, after the device has worked for half a second:
+any row; greedy sampling is. Medians over repeats, after the device has worked for half a second:
 an idle GPU runs at a third of its clock. The last line of stdout is the same as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from engine.errors import EngineError
-from engine.generate import Engine
+from engine.generate import Engine, Stats
+from weights.cache import DEFAULT_MODEL
 
-WARM_UP_SECONDS = 0.5
-
-
-def _prompt(engine: Engine, rng: np.random.Generator, length: int) -> list[int]:
-    return [int(token) for token in rng.integers(0, engine.config.vocab_size, length)]
+_WARM_UP_SECONDS = 0.5
 
 
-def _generate(engine: Engine, prompt: list[int], n_tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt (its first answer token included) and of each further token."""
-    generation = engine.generate(prompt, n_tokens, stop_ids=())
-    for _ in generation:
-        pass
-    stats = generation.stats
-    return stats.prompt_seconds, stats.generate_seconds / max(1, stats.generated_tokens - 1)
+@dataclass(frozen=True)
+class Row:
+    """One test. What a step reads and what it leaves to the host are facts of generation only."""
 
-
-def _repeat(measure: Callable[[], float], repeats: int) -> dict[str, float]:
-    rates = sorted(measure() for _ in range(repeats))
-    return {"median": statistics.median(rates), "least": rates[0], "most": rates[-1]}
+    test: str
+    tokens_per_second: float  # median of the repeats
+    slowest: float
+    fastest: float
+    weight_bytes_per_token: int | None = None
+    weight_gb_per_second: float | None = None
+    gweights_per_second: float | None = None
+    host_share: float | None = None  # of a step's time; also None where a GPU has no timestamps
 
 
 def bench(
-    engine: Engine, pp: list[int], tg: list[int], depths: list[int], repeats: int
-) -> list[dict[str, object]]:
-    """One row per test: its name and tokens per second (median, least, most); for tg also what a step reads."""
+    engine: Engine, pp: Sequence[int], tg: Sequence[int], depths: Sequence[int], repeats: int
+) -> list[Row]:
+    """A row for each prompt length in `pp`, and for each number of tokens in `tg` at each depth.
+
+    EngineError when a test needs more positions than the engine has.
+    """
+    needed = max([*pp, *(_start(depth) + n - 1 for depth in depths for n in tg)], default=0)
+    if needed > engine.context:
+        raise EngineError(
+            f"these tests need {needed} positions, there are {engine.context}; ask for fewer "
+            "tokens or a larger --context"
+        )
     rng = np.random.default_rng(0)
     start = time.perf_counter()
-    while time.perf_counter() - start < WARM_UP_SECONDS:
-        _generate(engine, _prompt(engine, rng, 1), min(16, engine.context))
-    rows: list[dict[str, object]] = []
-    for length in pp:
-        rate = _repeat(lambda n=length: n / _generate(engine, _prompt(engine, rng, n), 1)[0], repeats)
-        rows.append({"test": f"pp{length}", "tokens_per_second": rate})
-    n_weights = engine.config.n_params
-    if not engine.config.tie_embeddings:
-        n_weights -= engine.config.vocab_size * engine.config.dim  # of the embedding one row is read
+    while time.perf_counter() - start < _WARM_UP_SECONDS:
+        _generate(engine, _random_tokens(engine, rng, 1), 16)
+    rows = [_prompt_row(engine, rng, length, repeats) for length in pp]
     for depth in depths:
-        prompt = _prompt(engine, rng, max(1, depth))
-        for length in tg:
-            rate = _repeat(lambda n=length, p=prompt: 1 / _generate(engine, p, n)[1], repeats)
-            gpu = engine.gpu_seconds(length - 1)
-            step = 1 / rate["median"]
-            rows.append(
-                {
-                    "test": f"tg{length}" + (f"@d{depth}" if depth else ""),
-                    "tokens_per_second": rate,
-                    "weight_bytes_per_token": engine.weight_bytes_per_token,
-                    "weight_gb_per_second": engine.weight_bytes_per_token / step / 1e9,
-                    "gweights_per_second": n_weights / step / 1e9,
-                    "host_share": None if gpu is None else max(0.0, 1 - gpu / (length - 1) / step),
-                }
-            )
+        prompt = _random_tokens(engine, rng, _start(depth))
+        rows += [_generation_row(engine, prompt, depth, n, repeats) for n in tg]
     return rows
 
 
-def _table(rows: list[dict]) -> str:
+def _prompt_row(engine: Engine, rng: np.random.Generator, length: int, repeats: int) -> Row:
+    def rate() -> float:
+        stats = _generate(engine, _random_tokens(engine, rng, length), 1)
+        # Two random prompts may begin alike, and what is in the cache is not read again.
+        return (stats.prompt_tokens - stats.reused_tokens) / stats.prompt_seconds
+
+    return Row(f"pp{length}", *_spread(rate, repeats))
+
+
+def _generation_row(
+    engine: Engine, prompt: list[int], depth: int, n_tokens: int, repeats: int
+) -> Row:
+    n_steps = n_tokens - 1  # the first token is the prompt's
+
+    def rate() -> float:
+        return n_steps / _generate(engine, prompt, n_tokens).generate_seconds
+
+    median, slowest, fastest = _spread(rate, repeats)
+    gpu_seconds = engine.gpu_seconds(n_steps)
+    read = engine.weight_bytes_per_token
+    return Row(
+        f"tg{n_tokens}@d{depth}" if depth else f"tg{n_tokens}",
+        median,
+        slowest,
+        fastest,
+        weight_bytes_per_token=read,
+        weight_gb_per_second=read * median / 1e9,
+        gweights_per_second=_weights_per_token(engine) * median / 1e9,
+        host_share=None if gpu_seconds is None else max(0.0, 1 - gpu_seconds / n_steps * median),
+    )
+
+
+def _start(depth: int) -> int:
+    """Tokens of the prompt: something must be there to continue."""
+    return max(1, depth)
+
+
+def _random_tokens(engine: Engine, rng: np.random.Generator, n: int) -> list[int]:
+    tokens: list[int] = rng.integers(0, engine.config.vocab_size, n).tolist()
+    return tokens
+
+
+def _generate(engine: Engine, prompt: list[int], max_tokens: int) -> Stats:
+    generation = engine.generate(prompt, max_tokens, stop_ids=())
+    for _ in generation:
+        pass
+    return generation.stats
+
+
+def _spread(rate: Callable[[], float], repeats: int) -> tuple[float, float, float]:
+    """Median, least and most."""
+    rates = [rate() for _ in range(repeats)]
+    return statistics.median(rates), min(rates), max(rates)
+
+
+def _weights_per_token(engine: Engine) -> int:
+    c = engine.config
+    # Of an embedding that is not the head as well, one row is read.
+    return c.n_params - (0 if c.tie_embeddings else c.vocab_size * c.dim)
+
+
+def _describe(engine: Engine) -> dict[str, Any]:
+    """What was measured, and where."""
+    return {
+        "model": engine.weights.source,
+        "parameters": engine.config.n_params,
+        "bits_per_weight_blocks": engine.weights.bits_per_weight(block_only=True),
+        "bits_per_weight_file": engine.weights.bits_per_weight(block_only=False),
+        "activations": "exact" if engine.exact else "int8",
+        "context": engine.context,
+        "device_bytes": engine.memory().total_bytes,
+        "adapter": engine.adapter_name,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
     lines = [
-        "| test | tokens/s | spread | MB of weights/token | GB/s | Gweight/s | host's share |",
+        f"{about['model']}, {about['parameters'] / 1e6:.1f} M parameters, "
+        f"{about['bits_per_weight_blocks']:.2f} bit/weight in the blocks, "
+        f"{about['bits_per_weight_file']:.2f} in all, {about['activations']} activations, "
+        f"{about['device_bytes'] / 2**20:.0f} MiB with {about['context']} positions, "
+        f"on {about['adapter']}, {about['date']}",
+        "",
+        "| test | tokens/s | slowest to fastest | MB of weights/token | GB/s | Gweight/s | host |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        rate = row["tokens_per_second"]
-        cells = [row["test"], f"{rate['median']:.1f}", f"{rate['least']:.1f} to {rate['most']:.1f}"]
-        if "weight_bytes_per_token" in row:
-            share = row["host_share"]
-            cells += [
-                f"{row['weight_bytes_per_token'] / 1e6:.1f}",
-                f"{row['weight_gb_per_second']:.2f}",
-                f"{row['gweights_per_second']:.2f}",
-                "" if share is None else f"{100 * share:.0f} %",
-            ]
-        else:
-            cells += [""] * 4
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [
+            row.test,
+            f"{row.tokens_per_second:.1f}",
+            f"{row.slowest:.1f} to {row.fastest:.1f}",
+            _cell(row.weight_bytes_per_token, "{:.1f}", 1e-6),
+            _cell(row.weight_gb_per_second, "{:.2f}"),
+            _cell(row.gweights_per_second, "{:.2f}"),
+            _cell(row.host_share, "{:.0f} %", 100),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def _cell(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else form.format(value * unit)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m engine.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m engine.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a weights file, or a model to convert")
-    parser.add_argument("--bits", type=float, help="stored bits per weight, when the model is to be converted")
-    parser.add_argument("--pp", type=int, nargs="*", default=[128], help="prompt lengths (default 128)")
-    parser.add_argument("--tg", type=int, nargs="*", default=[64], help="tokens to generate, at least 2 (default 64)")
-    parser.add_argument("--depth", type=int, nargs="*", default=[0], help="tokens before them (default 0)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs per row (default 5)")
-    parser.add_argument("--context", type=int, help="positions to make room for")
-    parser.add_argument("--adapter", help="number of the adapter, or part of its name")
-    parser.add_argument("--exact", action="store_true", help="f32-like activations instead of int8")
-    a = parser.parse_args(argv)
-    if a.repeats < 1 or any(n < 1 for n in a.pp) or any(n < 2 for n in a.tg) or any(n < 0 for n in a.depth):
+    add = parser.add_argument
+    add("model", nargs="?", default=DEFAULT_MODEL, help="weights file or model (%(default)s)")
+    add("--bits", type=float, help="stored bits per weight, when it is converted")
+    add("--pp", type=int, nargs="*", default=[128], metavar="N", help="prompt lengths (128)")
+    add("--tg", type=int, nargs="*", default=[64], metavar="N", help="tokens to generate (64)")
+    add("--depth", type=int, nargs="*", default=[0], metavar="N", help="tokens before them (0)")
+    add("--repeats", type=int, default=5, metavar="N", help="runs per row (%(default)s)")
+    add("--context", type=int, metavar="N", help="positions to make room for")
+    add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
+    add("--exact", action="store_true", help="float32 activations instead of int8 ones")
+    a = parser.parse_args(arguments)
+    if min([a.repeats, *a.pp]) < 1 or min(a.tg, default=2) < 2 or min(a.depth, default=0) < 0:
         parser.error("--repeats and --pp take 1 or more, --tg 2 or more, --depth 0 or more")
     try:
-        engine = Engine.open(a.model, exact=a.exact, context=a.context, adapter=a.adapter, bits=a.bits)
+        engine = Engine.open(
+            a.model, exact=a.exact, context=a.context, adapter=a.adapter, bits=a.bits
+        )
         rows = bench(engine, a.pp, a.tg, a.depth, a.repeats)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    weights, memory = engine.weights, engine.memory()
-    about = {
-        "model": weights.source,
-        "adapter": engine.adapter_name,
-        "parameters": engine.config.n_params,
-        "bits_per_weight": {
-            "blocks": weights.bits_per_weight(block_only=True),
-            "file": weights.bits_per_weight(block_only=False),
-        },
-        "mode": "exact" if a.exact else "int8",
-        "device_bytes": memory.total_bytes,
-        "context": engine.context,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    blocks, whole = about["bits_per_weight"].values()
-    print(
-        f"{weights.source}, {engine.config.n_params / 1e6:.0f} M parameters, {blocks:.2f} bit/weight in the "
-        f"blocks, {whole:.2f} in the file, {about['mode']} activations, on {engine.adapter_name}: "
-        f"{memory.total_bytes / 2**20:.0f} MiB with {engine.context} positions\n"
-    )
-    print(_table(rows) + "\n")
-    print(json.dumps({**about, "rows": rows}))
+    except KeyboardInterrupt:
+        return 130
+    about = _describe(engine)
+    print(_markdown(about, rows))
+    print()
+    print(json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}))
     return 0
 
 

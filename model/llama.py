@@ -86,9 +86,10 @@ class Llama:
         # fill it.
         self._splits = 1 if device.software else 16
         self._lanes = 64 if device.software else 256
-        # A CPU goes through every lane's code, idle or not: no more of them than a position's
-        # values need.
-        self._attention_lanes = max(16, half_padded(c) // 4 + 7 & ~7) if device.software else 64
+        # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
+        # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
+        value_lanes = -(-half_padded(c) // 4 // 8) * 8
+        self._attention_shape = (max(16, value_lanes), 4) if device.software else (64, 1)
         n, d = MAX_TOKENS, self.digits
         first = self.blocks[0]
         self.state = device.empty("state", 4 * (4 + n))
@@ -192,16 +193,21 @@ class Llama:
 
     def _attention(self, keys: Any, values: Any, tokens: int) -> Dispatch:
         c = self.config
-        return self.kernels.get(
-            "attention", cache_f32=self.cache.f32, lanes=self._attention_lanes
-        ).dispatch(
+        lanes, per_lane = self._attention_shape
+        kernel = self.kernels.get(
+            "attention",
+            cache_f32=self.cache.f32,
+            lanes=lanes,
+            per_lane=per_lane,
+            n_splits=self._splits,
+        )
+        return kernel.dispatch(
             [self._splits, c.n_heads, tokens],
             dict(
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,
                 half_padded=half_padded(c),
                 max_pos=self.cache.max_pos,
-                n_splits=self._splits,
                 scale=c.head_dim**-0.5,
             ),
             state=self.state,
@@ -214,15 +220,15 @@ class Llama:
     def _attention_combine(self, tokens: int) -> Dispatch:
         c = self.config
         n_blocks = -(-c.q_dim // 32)
-        return self.kernels.get(
-            "attention_combine", lanes=self._lanes, digits=self.digits
-        ).dispatch(
+        kernel = self.kernels.get(
+            "attention_combine", lanes=self._lanes, digits=self.digits, n_splits=self._splits
+        )
+        return kernel.dispatch(
             [-(-n_blocks * 8 // self._lanes), tokens],
             dict(
                 n_heads=c.n_heads,
                 head_dim=c.head_dim,
                 half_padded=half_padded(c),
-                n_splits=self._splits,
                 n_blocks=n_blocks,
             ),
             partial=self.partial,

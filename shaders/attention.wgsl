@@ -5,18 +5,18 @@
 //#import state
 
 override cache_f32: bool;
-override lanes: u32;  // a multiple of 8, at least half_padded / 4
+override lanes: u32;     // a multiple of 8, at least half_padded / 4
+override per_lane: u32;  // neighbouring positions that one lane scores, 1..4; lanes * per_lane are a tile
+override n_splits: u32;
 
 struct Params {
   n_heads: u32,
   n_kv_heads: u32,
   half_padded: u32,
   max_pos: u32,
-  n_splits: u32,
   scale: f32,  // 1 / sqrt(head_dim)
 }
 
-const PER_LANE = 4u;  // neighbouring positions that one lane scores; lanes * PER_LANE are a tile
 const NEVER = -1e30;  // below every score; not infinite, so that differences of two stay numbers
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -60,22 +60,23 @@ fn value(row: u32, i: u32) -> Pair {
   return unpack_f16(v_cache[row * quads + i]);
 }
 
-// Scores of the positions pos .. pos + PER_LANE - 1: q is loaded once for all of them.
+// Scores of the positions pos .. pos + per_lane - 1: q is loaded once for all of them.
 fn scores_at(query: u32, first_row: u32, pos: u32, length: u32) -> vec4<f32> {
   let quads = params.half_padded / 4u;
   var sums = vec4<f32>(0.0);
   for (var i = 0u; i < quads; i++) {
     let lo = q[query + i];
     let hi = q[query + quads + i];
-    for (var j = 0u; j < PER_LANE; j++) {
+    for (var j = 0u; j < per_lane; j++) {
       if (pos + j < length) {
         let k = key(first_row + pos + j, i);
         sums[j] += dot(lo, k.lo) + dot(hi, k.hi);
       }
     }
   }
-  let at = vec4<u32>(pos) + vec4<u32>(0u, 1u, 2u, 3u);
-  return select(vec4<f32>(NEVER), sums * params.scale, at < vec4<u32>(length));
+  let j = vec4<u32>(0u, 1u, 2u, 3u);
+  let scored = (j < vec4<u32>(per_lane)) & (vec4<u32>(pos) + j < vec4<u32>(length));
+  return select(vec4<f32>(NEVER), sums * params.scale, scored);
 }
 
 fn max_over_lanes(lane: u32, value: f32) -> f32 {
@@ -111,9 +112,9 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var sum = 0.0;
   var lo = vec4<f32>(0.0);
   var hi = vec4<f32>(0.0);
-  let tile_size = lanes * PER_LANE;
-  for (var tile = split * tile_size; tile < length; tile += params.n_splits * tile_size) {
-    let scores = scores_at(query, first_row, tile + PER_LANE * lane, length);
+  let tile_size = lanes * per_lane;
+  for (var tile = split * tile_size; tile < length; tile += n_splits * tile_size) {
+    let scores = scores_at(query, first_row, tile + per_lane * lane, length);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);
@@ -125,7 +126,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     hi *= correction;
     if (my_group < n_groups) {
       for (var i = my_group; i < min(tile_size, length - tile); i += n_groups) {
-        let weight = weights[i / PER_LANE][i % PER_LANE];
+        let weight = weights[i / per_lane][i % per_lane];
         let v = value(first_row + tile + i, quad);
         sum += weight;
         lo += weight * v.lo;
@@ -139,7 +140,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   group_lo[lane] = lo;
   group_hi[lane] = hi;
   workgroupBarrier();
-  let out = ((token * params.n_heads + head) * params.n_splits + split) * (2u * params.half_padded + 2u);
+  let out = ((token * params.n_heads + head) * n_splits + split) * (2u * params.half_padded + 2u);
   if (lane < quads) {
     for (var i = lane + quads; i < n_groups * quads; i += quads) {
       sum += group_sum[i];

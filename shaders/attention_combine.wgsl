@@ -4,11 +4,12 @@
 //#import state
 //#import quantize
 
+override n_splits: u32;
+
 struct Params {
   n_heads: u32,
   head_dim: u32,
   half_padded: u32,
-  n_splits: u32,
   n_blocks: u32,
 }
 
@@ -23,14 +24,14 @@ fn attention_at(token: u32, column: u32) -> f32 {
   let half = params.head_dim / 2u;
   let element = select(d, params.half_padded + d - half, d >= half);
   let stride = 2u * params.half_padded + 2u;
-  let first = (token * params.n_heads + head) * params.n_splits * stride;
+  let first = (token * params.n_heads + head) * n_splits * stride;
   var largest = partial[first + stride - 2u];
-  for (var split = 1u; split < params.n_splits; split++) {
+  for (var split = 1u; split < n_splits; split++) {
     largest = max(largest, partial[first + split * stride + stride - 2u]);
   }
   var value = 0.0;
   var total = 0.0;
-  for (var split = 0u; split < params.n_splits; split++) {
+  for (var split = 0u; split < n_splits; split++) {
     let at = first + split * stride;
     let weight = exp(partial[at + stride - 2u] - largest);
     value += weight * partial[at + element];

@@ -119,13 +119,18 @@ def test_flags_reach_the_engine(use):
     assert engine.prompt_text() == chatml("Hi", system="Rhyme")
 
 
-def test_defaults_are_greedy_and_the_default_model(use):
-    engine = FakeEngine("a")
-    opened = use(engine)
-    assert chat.main(["-p", "Hi"]) == 0
-    options = {"exact": False, "context": None, "adapter": None, "bits": None}
-    assert opened == [("smollm2", options)]
-    assert engine.sampling == (0.0, 0, 1.0, 0.0, 0)
+def test_defaults_are_the_default_model_and_another_seed_each_time(use):
+    seeds = set()
+    for _ in range(2):
+        engine = FakeEngine("a")
+        opened = use(engine)
+        assert chat.main(["-p", "Hi"]) == 0
+        options = {"exact": False, "context": None, "adapter": None, "bits": None}
+        assert opened == [("smollm2", options)]
+        *sampling, seed = engine.sampling
+        assert sampling == [0.5, 0, 1.0, 0.1]
+        seeds.add(seed)
+    assert len(seeds) == 2  # but for once in 2^32
 
 
 @pytest.mark.parametrize(

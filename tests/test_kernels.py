@@ -103,7 +103,7 @@ MATRICES = [
     (7, 33, 1.0, 11),
     (65, 575, 2.5, 12),
     (100, 70, 6.0, 11),
-    (33, 1030, 12.0, 12),
+    (33, 1030, 15.0, 12),
     (1, 2, 25.0, 11),
     (40, 130, 40.0, 12),
 ]
@@ -353,7 +353,8 @@ HEADS = [(6, 2, 16), (4, 4, 10), (9, 3, 64), (2, 1, 128)]
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
 @pytest.mark.parametrize(("pos", "n_tokens"), [(0, 1), (3, 5), (254, 8), (700, 3)])
 @pytest.mark.parametrize(
-    ("n_splits", "lanes", "cache_f32"), [(1, 16, False), (3, 64, False), (2, 24, True)]
+    ("n_splits", "lanes", "per_lane", "cache_f32"),
+    [(1, 16, 4, False), (16, 64, 1, False), (2, 24, 3, True)],
 )
 def test_rope_cache_and_attention(
     kernels: Kernels,
@@ -366,6 +367,7 @@ def test_rope_cache_and_attention(
     n_tokens: int,
     n_splits: int,
     lanes: int,
+    per_lane: int,
     cache_f32: bool,
 ) -> None:
     device, max_pos, theta, splits = kernels.device, 720, 10000.0, 2
@@ -399,24 +401,20 @@ def test_rope_cache_and_attention(
             k_cache=keys,
             v_cache=values,
         ),
-        kernels.get("attention", cache_f32=cache_f32, lanes=lanes).dispatch(
+        kernels.get(
+            "attention", cache_f32=cache_f32, lanes=lanes, per_lane=per_lane, n_splits=n_splits
+        ).dispatch(
             [n_splits, n_heads, tokens],
-            dict(
-                n_kv_heads=n_kv_heads,
-                max_pos=max_pos,
-                n_splits=n_splits,
-                scale=head_dim**-0.5,
-                **sizes,
-            ),
+            dict(n_kv_heads=n_kv_heads, max_pos=max_pos, scale=head_dim**-0.5, **sizes),
             state=state,
             q=q,
             k_cache=keys,
             v_cache=values,
             partial=partial,
         ),
-        kernels.get("attention_combine", lanes=64, digits=3).dispatch(
+        kernels.get("attention_combine", lanes=64, digits=3, n_splits=n_splits).dispatch(
             [-(-n_blocks * 8 // 64), tokens],
-            dict(head_dim=head_dim, n_splits=n_splits, n_blocks=n_blocks, **sizes),
+            dict(head_dim=head_dim, n_blocks=n_blocks, **sizes),
             partial=partial,
             x_digits=out.digits,
             x_scale=out.scale,
