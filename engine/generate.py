@@ -73,6 +73,7 @@ class Engine:
         self.tokenizer = Tokenizer(weights.tokenizer_json, weights.chat_template, self.config)
         before = device.allocated_bytes
         self._model = Llama(device, weights, self.context, exact=exact)
+        weights.release_pages()  # they are on the device now
         self._sampler = Sampler(
             self._model.kernels,
             self._model.state,

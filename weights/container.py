@@ -48,6 +48,7 @@ class Container:
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
     size_bytes: int
+    mapped: mmap.mmap
 
 
 def damaged(path: Path, problem: str) -> WeightsError:
@@ -110,7 +111,7 @@ def read_container(path: Path) -> Container:
         raise damaged(
             path, f"the tensors end at byte {expected} of the data, which has {data.size}"
         )
-    return Container(path, metadata, entries, size_bytes)
+    return Container(path, metadata, entries, size_bytes, mapped)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

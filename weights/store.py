@@ -6,6 +6,7 @@ Opening checks every fact on which a decoder relies, so that the shaders need no
 from __future__ import annotations
 
 import json
+import mmap
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class WeightsFile:
     size_bytes: int
     _entries: Mapping[str, Entry]
     _matrices: Mapping[str, CodedMatrix]
+    _mapped: mmap.mmap
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -78,7 +80,13 @@ class WeightsFile:
             size_bytes=container.size_bytes,
             _entries=container.entries,
             _matrices=matrices,
+            _mapped=container.mapped,
         )
+
+    def release_pages(self) -> None:
+        """Give back the memory of what has been read; whoever needs it again reads it again."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def matrix_names(self) -> list[str]:
