@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ PROMPTS = [
     "chat_multiturn",
     "long_raw",
 ]
-N_ANSWER = 16  # tokens that are looked at after each prompt
+N_ANSWER = 16  # tokens after each prompt that are looked at
 CONTEXT = 1024
 
 
@@ -99,80 +100,105 @@ def follow(
         yield reference.step(token)
 
 
+@dataclass(frozen=True)
+class Int8Run:
+    """At 8 bit, the logits at a prompt's end and along its golden answer: (tokens, vocab_size)."""
+
+    engine: npt.NDArray[np.float32]
+    int8: npt.NDArray[np.float32]  # the oracles
+    exact: npt.NDArray[np.float32]
+
+
 @pytest.fixture(scope="module")
-def int8_run(
-    goldens: list[Golden], file_8bit: WeightsFile
-) -> dict[str, tuple[npt.NDArray[np.float32], ...]]:
-    """At 8 bit, after each prompt and along its golden answer: engine, int8 and exact oracle."""
+def exact_8bit(file_8bit: WeightsFile) -> Reference:
+    return Reference.from_weights(file_8bit, cache_dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def int8_8bit(exact_8bit: Reference) -> Reference:
+    return Reference(exact_8bit.config, exact_8bit.tensors, int8=True)
+
+
+@pytest.fixture(scope="module")
+def int8_runs(
+    goldens: list[Golden], file_8bit: WeightsFile, exact_8bit: Reference, int8_8bit: Reference
+) -> dict[str, Int8Run]:
     engine = Engine.open(file_8bit.path, context=CONTEXT)
-    exact = Reference.from_weights(file_8bit, cache_dtype=np.float32)
-    int8 = Reference(exact.config, exact.tensors, int8=True)
-    run = {}
+    runs = {}
     for golden in goldens:
+        if golden.name == "long_raw" and engine.device.software:
+            continue  # a minute of nothing new: the exact engine reads it
         ids = golden.prompt_ids + golden.gen_ids[: N_ANSWER - 1]
-        run[golden.name] = engine.logits(ids), int8.logits(ids), exact.logits(ids)
-    return run
+        runners = engine, int8_8bit, exact_8bit
+        runs[golden.name] = Int8Run(*(runner.logits(ids)[-N_ANSWER:] for runner in runners))
+    return runs
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_int8_engine_is_as_close_to_its_reference_as_roundings_allow(
-    int8_run: dict[str, tuple[npt.NDArray[np.float32], ...]], name: str
+    int8_runs: dict[str, Int8Run], name: str
 ) -> None:
     """Two runs that round independently are sqrt(2) times as far apart as each is from exact."""
-    engine, int8, exact = int8_run[name]
-    assert rms(engine - int8) <= 2**0.5 * rms(int8 - exact)
+    if name not in int8_runs:
+        pytest.skip("too long for a software adapter")
+    run = int8_runs[name]
+    assert rms(run.engine - run.int8) <= 2**0.5 * rms(run.int8 - run.exact)
+
+
+def test_8bit_int8_engine_follows_transformers(
+    goldens: list[Golden], int8_runs: dict[str, Int8Run]
+) -> None:
+    """Mean KL(golden || engine) of at most 0.01, in nats."""
+    at_the_end, along_the_answer = [], []
+    for golden in (golden for golden in goldens if golden.name in int8_runs):
+        p = log_softmax(golden.last_logits)  # (vocab_size,)
+        q = log_softmax(int8_runs[golden.name].engine)  # (N_ANSWER, vocab_size)
+        at_the_end.append((np.exp(p) * (p - q[0])).sum())
+
+        # Of each answer token the golden keeps the 20 best. All others together are one outcome
+        # here, which makes this a lower bound of the KL (data processing inequality).
+        p_top = golden.top20_logprobs[:N_ANSWER].astype(np.float64)
+        q_top = np.take_along_axis(q, golden.top20_ids[:N_ANSWER].astype(np.int64), axis=-1)
+        p_rest, q_rest = (1 - np.exp(top).sum(axis=-1) for top in (p_top, q_top))
+        kl = (np.exp(p_top) * (p_top - q_top)).sum(axis=-1) + p_rest * np.log(p_rest / q_rest)
+        # The first of them is the prompt's end again. Its table is float32.
+        assert kl[0] <= at_the_end[-1] + 1e-5
+        along_the_answer.append(kl)
+    assert np.mean(at_the_end) <= 0.01
+    assert np.mean(along_the_answer) <= 0.01
 
 
 def rms(x: npt.NDArray[np.float32]) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-def test_8bit_int8_engine_follows_transformers(
-    goldens: list[Golden], int8_run: dict[str, tuple[npt.NDArray[np.float32], ...]]
-) -> None:
-    """Mean KL(golden || engine) of at most 0.01, in nats."""
-    at_the_prompt, on_the_way = [], []
-    for golden in goldens:
-        q = log_softmax(int8_run[golden.name][0][-N_ANSWER:])  # (N_ANSWER, vocab_size)
-        p = log_softmax(golden.last_logits)
-        at_the_prompt.append((np.exp(p) * (p - q[0])).sum())
-
-        # Of each generated token the golden has the 20 best. All others are one outcome here,
-        # which makes this a lower bound of the KL (data processing inequality).
-        p_top = golden.top20_logprobs[:N_ANSWER].astype(np.float64)
-        q_top = np.take_along_axis(q, golden.top20_ids[:N_ANSWER].astype(np.int64), axis=-1)
-        p_rest, q_rest = (1 - np.exp(top).sum(axis=-1) for top in (p_top, q_top))
-        kl = (np.exp(p_top) * (p_top - q_top)).sum(axis=-1) + p_rest * np.log(p_rest / q_rest)
-        on_the_way.append(kl)
-        # The tables are the logits' own: at the prompt's end the two KLs are one distribution's.
-        assert kl[0] <= at_the_prompt[-1] + 1e-5
-    assert np.mean(at_the_prompt) <= 0.01
-    assert np.mean(on_the_way) <= 0.01
-
-
 @pytest.mark.parametrize("software", [True, False])
-def test_answers_a_question_within_its_memory(
+def test_kernels_of_both_kinds_of_adapters_answer_a_question(
     goldens: list[Golden],
-    default_file: WeightsFile,
     file_8bit: WeightsFile,
+    exact_8bit: Reference,
+    int8_8bit: Reference,
     software: bool,
 ) -> None:
-    """As chat does it, by the kernels for software adapters and by those for GPUs."""
     golden = by_name(goldens, "chat_capital")
-    expected = golden.gen_ids[: golden.gen_ids.index(2)]
-    for weights in (file_8bit, default_file):
-        device = Device.open()
-        device.software = software
-        engine = Engine(weights, device, context=CONTEXT)
-        memory = engine.memory()
-        assert memory.total_bytes <= weights.size_bytes + memory.cache_bytes + (64 << 20)
+    device = Device.open()
+    device.software = software
 
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        prompt = engine.tokenizer.encode(engine.tokenizer.chat_prompt(question))
-        generation = engine.generate(prompt, 20)
-        answer = list(generation)
-        assert "Paris" in engine.tokenizer.decode(answer)
-        if weights is file_8bit:
-            assert prompt == golden.prompt_ids
-            assert answer == expected
-            assert generation.stats.finish_reason == "stop"
+    exact = Engine(file_8bit, device, exact=True, context=256)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = exact.tokenizer.encode(exact.tokenizer.chat_prompt(question))
+    assert prompt == golden.prompt_ids
+    generation = exact.generate(prompt, 20)
+    answer = list(generation)
+    assert exact.tokenizer.decode(answer) == "The capital of France is Paris."
+    assert answer == golden.gen_ids[: len(answer)]
+    assert generation.stats.finish_reason == "stop"
+
+    int8 = Engine(file_8bit, device, context=256)
+    want = int8_8bit.logits(prompt)
+    rounding = rms(want - exact_8bit.logits(prompt))
+    assert rms(int8.logits(prompt) - want) <= 2**0.5 * rounding
+
+    for engine in (exact, int8):
+        memory = engine.memory()
+        assert memory.total_bytes <= file_8bit.size_bytes + memory.cache_bytes + (64 << 20)
