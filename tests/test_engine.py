@@ -1,7 +1,8 @@
 """The engine on small random models against the oracle: logits, generation, cache, refusals.
 
-Every adapter plays three: a software adapter, a GPU, and a GPU whose workgroups are so small that
-matrix products are left in parts. Each takes other kernels, other numbers of tokens per submit.
+The adapter plays three: a software adapter, a GPU, and a GPU whose workgroups are so small that
+matrix products are left in parts. The first and the second differ in their kernels, and in how many
+tokens they submit at once.
 """
 
 from __future__ import annotations
@@ -143,6 +144,15 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
+def test_adapters_differ_in_what_they_run(exact: Callable[..., Engine]) -> None:
+    software, gpu, small_gpu = (
+        exact(adapter, "awkward")._model.blocks[0].down_proj for adapter in ADAPTERS
+    )
+    assert software.whole_rows and software.n_segments == 1
+    assert not gpu.whole_rows and gpu.n_segments > 1 == gpu.splits
+    assert not small_gpu.whole_rows and small_gpu.splits > 1
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("model", MODELS)
 def test_exact_logits(
@@ -244,7 +254,7 @@ def test_generation_is_greedy(
         assert (stats.generate_seconds > 0) == (n_answer > 1)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
 def test_conversation_reuses_what_the_cache_holds(
     open_engine: Callable[..., Engine],
     references: dict[str, Reference],
@@ -273,7 +283,7 @@ def test_conversation_reuses_what_the_cache_holds(
     assert assert_continues(engine, tokens[40:60]).stats.reused_tokens == 0
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
 def test_logits_leave_a_cache_that_generation_reuses(
     exact: Callable[..., Engine],
     tokens: list[int],
@@ -284,7 +294,7 @@ def test_logits_leave_a_cache_that_generation_reuses(
     assert assert_continues(exact(adapter), tokens[:25]).stats.reused_tokens == 19
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
 @pytest.mark.parametrize("n_read", [0, 1, 5])
 def test_closed_generation(
     exact: Callable[..., Engine],
@@ -306,7 +316,7 @@ def test_closed_generation(
     assert following.stats.reused_tokens == (len(prompt) + n_read - 1 if n_read else 0)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
 def test_new_generation_ends_the_one_before(
     exact: Callable[..., Engine],
     references: dict[str, Reference],
@@ -380,7 +390,7 @@ def test_nothing_is_submitted_while_a_mapping_is_pending(
     assert states == {"unmapped"}
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
 def test_stop_ids(
     files: dict[str, WeightsFile],
     exact: Callable[..., Engine],
@@ -405,7 +415,7 @@ def test_stop_ids(
     assert list(stopped.generate(prompt, 20)) == answer[: answer.index(answer[4])]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
 def test_context_is_used_to_its_last_position(
     open_engine: Callable[..., Engine],
     references: dict[str, Reference],
@@ -445,7 +455,7 @@ def test_no_tokens_wanted(exact: Callable[..., Engine], tokens: list[int]) -> No
     assert generation.stats.generated_tokens == 0
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
 @pytest.mark.parametrize(
     "sampling",
     [
