@@ -186,12 +186,14 @@ class Readback:
             self._buffer.unmap()
         return self._buffer
 
-    def start(self) -> None:
-        """After the copy has been submitted."""
-        self._mapping = self._buffer.map_async("READ_NOSYNC")
-
     def read(self) -> np.ndarray:
-        """uint32, once the GPU has written them."""
+        """uint32, once the GPU has done the copies submitted so far.
+
+        The mapping begins only now: were it under way during a submit, wgpu might call back from
+        within that, on the main thread, where a Ctrl-C would swallow the news and the wait would
+        never end.
+        """
+        self._mapping = self._buffer.map_async("READ_NOSYNC")
         self._mapping.sync_wait()
         values = np.frombuffer(self._buffer.read_mapped(copy=True), np.uint32)
         self._buffer.unmap()

@@ -239,7 +239,6 @@ class Engine:
             compute_pass.end()
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
         self.device.queue.submit([encoder.finish()])
-        readback.start()
         return readback
 
 
