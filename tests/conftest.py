@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ import pytest
 from model.config import ModelConfig
 from weights import layout
 from weights.sources import Source, open_source
+
+# A run started in the background of a script ignores Ctrl-C, and would hand that down; some tests
+# are about Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden" / "smollm2"
 

