@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pytest
 from tiny_model import CHAT_TEMPLATE, tokenizer_json
 from wgpu.backends.wgpu_native import GPUBuffer, GPUPromise
+from wgpu.backends.wgpu_native._api import libf
 
 from engine.device import Device, Readback
 from engine.errors import DeviceError, EngineError
@@ -337,7 +338,14 @@ def test_new_generation_ends_the_one_before(
     [("software", nth) for nth in (0, 5, 17, 20)] + [("gpu", nth) for nth in (0, 1, 2, 3)],
 )
 @pytest.mark.parametrize(
-    "where", [(Readback, "read"), (GPUPromise, "sync_wait"), (GPUBuffer, "read_mapped")]
+    "where",
+    [
+        (Readback, "read"),
+        (libf, "wgpuBufferMapAsync"),
+        (GPUPromise, "sync_wait"),
+        (GPUBuffer, "read_mapped"),
+    ],
+    ids=["before", "mapping", "waiting", "mapped"],
 )
 def test_interrupted_generation(
     exact: Callable[..., Engine],
@@ -346,9 +354,9 @@ def test_interrupted_generation(
     monkeypatch: pytest.MonkeyPatch,
     adapter: str,
     nth: int,
-    where: tuple[type, str],
+    where: tuple[Any, str],
 ) -> None:
-    """Ctrl-C before the host waits for the GPU, while it waits, and after."""
+    """Ctrl-C before the host waits for the GPU, as it begins to, while it waits, and after."""
     engine = exact(adapter)
     engine.logits(tokens[-1:])
     original, n_calls = getattr(*where), itertools.count()
