@@ -170,21 +170,26 @@ class Device:
 class Readback:
     """A small buffer through which the GPU hands results to the host, used again and again.
 
-    The host may be interrupted (Ctrl-C) at any point between `claim` and `read`; the next `claim`
-    then waits for what is still under way. A mapped buffer must not be copied to.
+    A buffer that is or may become mapped must not be copied to. So one whose `read` was interrupted
+    (Ctrl-C), and which may be in any state, is put aside for a new one.
     """
 
     def __init__(self, device: Device, label: str, size_bytes: int) -> None:
-        usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
-        self._buffer = device.empty(label, size_bytes, usage)
+        self._device, self._label, self._size_bytes = device, label, size_bytes
+        self._buffer = self._empty()
         self._mapping: Any = None
+        self._abandoned: list[Any] = []  # kept, for their mappings may still call back
 
     def claim(self) -> Any:
         """The buffer, free to be copied to."""
         if self._buffer.map_state != "unmapped":
-            self._mapping.sync_wait()
-            self._buffer.unmap()
+            self._abandoned.append((self._buffer, self._mapping))
+            self._buffer = self._empty()
         return self._buffer
+
+    def _empty(self) -> Any:
+        usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
+        return self._device.empty(self._label, self._size_bytes, usage)
 
     def read(self) -> np.ndarray:
         """uint32, once the GPU has done the copies submitted so far.
