@@ -116,8 +116,9 @@ def attention(q: Floats, k_cache: Floats, v_cache: Floats, pos: int) -> Floats:
     n, n_heads, head_dim = q.shape
     n_pos, n_kv_heads = pos + n, k_cache.shape[1]
     q = q.reshape(n, n_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # (n_kv_heads, group, n, ...)
-    k = k_cache[:n_pos].astype(q.dtype).transpose(1, 2, 0)  # (n_kv_heads, head_dim, n_pos)
-    v = v_cache[:n_pos].astype(q.dtype).transpose(1, 0, 2)  # (n_kv_heads, n_pos, head_dim)
+    k, v = (cache[:n_pos].astype(q.dtype, copy=False) for cache in (k_cache, v_cache))
+    k = k.transpose(1, 2, 0)  # (n_kv_heads, head_dim, n_pos)
+    v = v.transpose(1, 0, 2)  # (n_kv_heads, n_pos, head_dim)
 
     scores = q @ k[:, None] / np.sqrt(q.dtype.type(head_dim))  # (n_kv_heads, group, n, n_pos)
     in_future = np.arange(n_pos) > np.arange(pos, n_pos)[:, None]  # (n, n_pos)
