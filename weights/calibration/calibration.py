@@ -1,0 +1,222 @@
+"""A whole model's statistics, kept on disk: computed once, and carried on where they were stopped.
+
+Forward through all blocks, keeping each block's input; then from the last block to the first the
+same block again, and back through it (gradient checkpointing, Chen et al. 2016). Whatever is
+complete is in a file, so the work goes on where it ended, whatever ended it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import EngineError
+from model.reference import Floats, embed
+from weights import layout
+from weights.calibration.layer import Layer
+from weights.calibration.sample import Tokens
+from weights.calibration.statistics import (
+    MatrixStatistics,
+    forward_layer,
+    head_statistics,
+    layer_statistics,
+)
+from weights.sources import Source
+
+# To be raised whenever the same source and tokens give other statistics.
+RECIPE_VERSION = 1
+
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A finished calibration in its folder; statistics are read when they are asked for."""
+
+    folder: Path
+    token_counts: npt.NDArray[np.int64]  # (vocab_size,): how often each was an input
+
+    def matrix(self, name: str) -> MatrixStatistics:
+        """Of a matrix of weights/layout.py; an untied embedding multiplies nothing and has none.
+
+        KeyError: there are none of that name; EngineError: their file is damaged.
+        """
+        path = self.folder / _result_name(name)
+        try:
+            with np.load(path) as file:
+                weighted = f"{name}.weighted_hessian"
+                return MatrixStatistics(
+                    hessian=file[f"{name}.hessian"],
+                    gradient=file[f"{name}.gradient"],
+                    weighted_hessian=file[weighted] if weighted in file else None,
+                    mean_input=file[f"{name}.mean_input"],
+                )
+        except FileNotFoundError:
+            raise KeyError(name) from None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise EngineError(
+                f"{path}: cannot be read ({error}); delete the folder to calibrate again"
+            ) from None
+
+
+def calibrate(
+    source: Source,
+    tokens: Tokens,
+    work_dir: str | Path,
+    *,
+    seed: int = 0,
+    weighted: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Statistics of every matrix over `tokens` (n_windows, length), windows that start at 0 each.
+
+    They lie in a folder of `work_dir` whose name tells source, tokens and options; if it is there
+    already, only what it lacks is computed. `seed` draws the labels of the loss; `weighted` adds
+    the second Hessian. Disk: one (tokens, dim) array per block on the way, the Hessians in the end.
+    EngineError: the folder cannot be written, or a file in it is damaged.
+    """
+    n_windows, length = tokens.shape
+    c = source.config
+    if not 0 < length <= c.max_seq_len or n_windows < 1:
+        raise ValueError(f"{n_windows} windows of {length} tokens; at most {c.max_seq_len} work")
+    if tokens.min() < 0 or tokens.max() >= c.vocab_size:
+        raise ValueError(f"a token is outside the vocabulary of {c.vocab_size}")
+    folder = Path(work_dir) / _identity(source, tokens, seed, weighted)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for done in _run(source, tokens, folder, seed, weighted):
+            if progress is not None:
+                progress(done, 2 * c.n_layers + 1)
+    except OSError as error:
+        raise EngineError(
+            f"{folder}: the calibration cannot be kept there ({error.strerror})"
+        ) from None
+    return Calibration(folder, np.bincount(tokens.reshape(-1), minlength=c.vocab_size))
+
+
+def _run(source: Source, tokens: Tokens, folder: Path, seed: int, weighted: bool) -> Iterator[int]:
+    """Does what is not done yet; after each step, how many are.
+
+    State on disk: `input-i` is block i's input, and that of the head for i = n_layers; `gradient-i`
+    is dL/d(input-i). A block's result is written after the gradient that the next block needs, and
+    what led to it is deleted after the result.
+    """
+    c = source.config
+    head_name = layout.EMBEDDING if c.tie_embeddings else layout.HEAD
+    names = [m.name for m in layout.matrices(c) if m.in_block or m.name == head_name]
+    results = {folder / _result_name(name) for name in names}
+    inputs = [folder / f"input-{i}.npy" for i in range(c.n_layers + 1)]
+    gradients = [folder / f"gradient-{i}.npy" for i in range(c.n_layers + 1)]
+    n_results = sum(path.exists() for path in results)
+
+    if n_results == 0:
+        n_inputs = sum(path.exists() for path in inputs)
+        if n_inputs == 0:
+            table = source.tensors[f"{layout.EMBEDDING}.weight"].read()
+            _save_array(inputs[0], embed(table, tokens.T))  # (length, n_windows, dim)
+            del table
+            n_inputs = 1
+        for i in range(n_inputs - 1, c.n_layers):
+            yield i
+            x = forward_layer(c, Layer.read(source, i), _load_array(inputs[i]))
+            _save_array(inputs[i + 1], x)
+            del x
+
+        yield c.n_layers
+        uniform = np.random.default_rng(seed).random(tokens.T.shape)
+        norm = source.tensors["model.norm.weight"].read()
+        head = source.tensors[f"{head_name}.weight"].read()
+        x = _load_array(inputs[-1])
+        found, dx = head_statistics(c, norm, head, x, uniform, weighted)
+        _save_array(gradients[-1], dx)
+        _save_result(folder / _result_name(head_name), {head_name: found})
+        del norm, head, x, dx, found
+        n_results = 1
+
+    for i in reversed(range(c.n_layers + 1 - n_results)):
+        yield 2 * c.n_layers - i
+        layer = Layer.read(source, i)
+        x, dy = _load_array(inputs[i]), _load_array(gradients[i + 1])
+        by_matrix, dx = layer_statistics(c, layer, x, dy, weighted)
+        _save_array(gradients[i], dx)
+        path = folder / f"layer-{i}.npz"
+        named = {
+            name: by_matrix[name.split(".")[-1]]
+            for name in names
+            if folder / _result_name(name) == path
+        }
+        _save_result(path, named)
+        del layer, x, dy, dx, by_matrix, named
+        inputs[i + 1].unlink(missing_ok=True)
+        gradients[i + 1].unlink(missing_ok=True)
+    for path in (*inputs, *gradients):
+        path.unlink(missing_ok=True)
+    yield 2 * c.n_layers + 1
+
+
+def _identity(source: Source, tokens: Tokens, seed: int, weighted: bool) -> str:
+    """16 hexadecimal digits that change with whatever the statistics depend on.
+
+    Of the weights, all norms and the last block's matrices are looked at: training moves them all.
+    """
+    c = source.config
+    digest = hashlib.sha256()
+    facts = (RECIPE_VERSION, source.name, c.to_json(), tokens.shape, seed, weighted)
+    digest.update(repr(facts).encode())
+    digest.update(np.ascontiguousarray(tokens, np.int64).data)
+    last = f"model.layers.{c.n_layers - 1}."
+    for name in sorted({*layout.vectors(c), *(n for n in source.tensors if n.startswith(last))}):
+        digest.update(np.ascontiguousarray(source.tensors[name].read()).data)
+    return digest.hexdigest()[:16]
+
+
+def _result_name(matrix: str) -> str:
+    """The file that holds a matrix's statistics."""
+    block = re.match(r"model\.layers\.(\d+)\.", matrix)
+    return f"layer-{block[1]}.npz" if block else "head.npz"
+
+
+def _save_result(path: Path, by_matrix: Mapping[str, MatrixStatistics]) -> None:
+    arrays = {
+        f"{name}.{field}": values
+        for name, found in by_matrix.items()
+        for field, values in vars(found).items()
+        if values is not None
+    }
+    with _replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+def _save_array(path: Path, values: Floats) -> None:
+    with _replacing(path) as file:
+        np.save(file, values)
+
+
+def _load_array(path: Path) -> Floats:
+    """Mapped, not read: the blocks go through it a few windows at a time."""
+    try:
+        values: Floats = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise EngineError(
+            f"{path}: is damaged ({error}); delete the folder to calibrate again"
+        ) from None
+    return values
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+    os.replace(temporary, path)

@@ -1,0 +1,173 @@
+"""One transformer block on many texts at once: forward, and gradients back through it.
+
+The texts are windows of one length that do not see each other. Tokens are ordered by position
+first: a window's tokens are `batch` apart, and to the functions of model/reference.py the windows
+are merely more heads. All functions compute in the floating type of what they are handed.
+
+Axes: n positions, batch windows, tokens = n * batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from model.config import ModelConfig
+from model.reference import Floats, attention, cache_write, matvec, rms_norm, rope, swiglu
+from weights.calibration.backward import (
+    attention_backward,
+    rms_norm_backward,
+    rope_backward,
+    swiglu_backward,
+)
+from weights.sources import Source
+
+# Attention scores that are looked at together; they and their gradients take some four arrays.
+_SCORES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block's weights, dense; the fused matrices as in a weights file."""
+
+    input_norm: Floats
+    qkv_proj: Floats
+    o_proj: Floats
+    post_norm: Floats
+    gate_up_proj: Floats
+    down_proj: Floats
+
+    @classmethod
+    def read(cls, source: Source, index: int) -> Self:
+        """From the source, tensor by tensor."""
+
+        def stacked(*names: str) -> Floats:
+            parts = [source.tensors[f"model.layers.{index}.{name}.weight"].read() for name in names]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        return cls(
+            input_norm=stacked("input_layernorm"),
+            qkv_proj=stacked("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            o_proj=stacked("self_attn.o_proj"),
+            post_norm=stacked("post_attention_layernorm"),
+            gate_up_proj=stacked("mlp.gate_proj", "mlp.up_proj"),
+            down_proj=stacked("mlp.down_proj"),
+        )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the way forward leaves behind, enough to go back: (tokens, ...) each."""
+
+    x: Floats  # the block's input
+    xn: Floats  # what qkv_proj reads
+    q: Floats  # (n, batch * n_heads, head_dim), rotated
+    k: Floats  # (n, batch * n_kv_heads, head_dim), rotated
+    v: Floats  # (n, batch * n_kv_heads, head_dim)
+    attn: Floats  # what o_proj reads
+    x_mid: Floats  # the residual between attention and feed-forward
+    xn_mid: Floats  # what gate_up_proj reads
+    gate_up: Floats
+    hidden: Floats  # what down_proj reads
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """dL/dy of every matrix's own output, (tokens, rows) each, and dL/dx of the block's input."""
+
+    qkv_proj: Floats  # before RoPE
+    o_proj: Floats
+    gate_up_proj: Floats
+    down_proj: Floats
+    x: Floats  # (tokens, dim)
+
+
+def activate(
+    c: ModelConfig, layer: Layer, x: Floats, k_cache: Floats, v_cache: Floats, pos: int = 0
+) -> Activations:
+    """x (tokens, dim) at positions pos, pos + 1, ...; all but the product with down_proj.
+
+    The caches are (positions, batch * n_kv_heads, head_dim); keys and values are added at `pos`.
+    """
+    batch = k_cache.shape[1] // c.n_kv_heads
+    n = len(x) // batch
+    xn = rms_norm(x, layer.input_norm, c.norm_eps)
+    q, k, v = _split_heads(c, matvec(layer.qkv_proj, xn), n, batch)
+    q, k = rope(q, pos, c.rope_theta), rope(k, pos, c.rope_theta)
+    cache_write(k_cache, v_cache, k, v, pos)
+
+    attn = np.empty_like(q)
+    for heads, kv_heads in _head_groups(c, batch, n, pos + n):
+        mixed = attention(q[:, heads], k_cache[:, kv_heads], v_cache[:, kv_heads], pos)
+        attn[:, heads] = mixed.reshape(n, -1, c.head_dim)
+    attn = attn.reshape(len(x), c.q_dim)
+    x_mid = x + matvec(layer.o_proj, attn)
+
+    xn_mid = rms_norm(x_mid, layer.post_norm, c.norm_eps)
+    gate_up = matvec(layer.gate_up_proj, xn_mid)
+    return Activations(x, xn, q, k, v, attn, x_mid, xn_mid, gate_up, swiglu(gate_up))
+
+
+def output(layer: Layer, a: Activations) -> Floats:
+    """The block's output, (tokens, dim)."""
+    return a.x_mid + matvec(layer.down_proj, a.hidden)
+
+
+def forward(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Floats:
+    """A block on whole windows: x (tokens, dim) from position 0 -> (tokens, dim)."""
+    return output(layer, activate(c, layer, x, *_fresh_cache(c, x, batch)))
+
+
+def backward(c: ModelConfig, layer: Layer, a: Activations, dy: Floats) -> Gradients:
+    """dL/d(output) of whole windows, (tokens, dim), to all the gradients inside the block."""
+    n = len(a.q)
+    batch = a.q.shape[1] // c.n_heads
+    # y = W x  =>  dL/dx = W^T dL/dy; a residual's gradient is the sum over its two ways.
+    d_gate_up = swiglu_backward(a.gate_up, dy @ layer.down_proj)
+    dx_mid = dy + rms_norm_backward(
+        a.x_mid, layer.post_norm, c.norm_eps, d_gate_up @ layer.gate_up_proj
+    )
+
+    d_attn = (dx_mid @ layer.o_proj).reshape(a.q.shape)
+    dq, dk, dv = np.empty_like(a.q), np.empty_like(a.k), np.empty_like(a.v)
+    for heads, kv_heads in _head_groups(c, batch, n, n):
+        dq[:, heads], dk[:, kv_heads], dv[:, kv_heads] = attention_backward(
+            a.q[:, heads], a.k[:, kv_heads], a.v[:, kv_heads], d_attn[:, heads]
+        )
+    dq, dk = rope_backward(dq, c.rope_theta), rope_backward(dk, c.rope_theta)
+    d_qkv = np.concatenate(
+        [d.reshape(n, batch, -1, c.head_dim) for d in (dq, dk, dv)], axis=2
+    ).reshape(len(dy), -1)
+    dx = dx_mid + rms_norm_backward(a.x, layer.input_norm, c.norm_eps, d_qkv @ layer.qkv_proj)
+    return Gradients(qkv_proj=d_qkv, o_proj=dx_mid, gate_up_proj=d_gate_up, down_proj=dy, x=dx)
+
+
+def recompute(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Activations:
+    """`activate` on whole windows, for `backward`."""
+    return activate(c, layer, x, *_fresh_cache(c, x, batch))
+
+
+def _fresh_cache(c: ModelConfig, x: Floats, batch: int) -> tuple[Floats, Floats]:
+    shape = (len(x) // batch, batch * c.n_kv_heads, c.head_dim)
+    return np.empty(shape, x.dtype), np.empty(shape, x.dtype)
+
+
+def _split_heads(c: ModelConfig, qkv: Floats, n: int, batch: int) -> tuple[Floats, Floats, Floats]:
+    """(tokens, q | k | v) -> three of (n, batch * heads, head_dim)."""
+    parts = np.split(
+        qkv.reshape(n, batch, -1, c.head_dim), (c.n_heads, c.n_heads + c.n_kv_heads), axis=2
+    )
+    q, k, v = (part.reshape(n, -1, c.head_dim) for part in parts)
+    return q, k, v
+
+
+def _head_groups(c: ModelConfig, batch: int, n: int, n_pos: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of query heads and of the key heads that they share, of at most _SCORES scores."""
+    group = c.n_heads // c.n_kv_heads
+    step = max(1, _SCORES // (group * n * n_pos))
+    for begin in range(0, batch * c.n_kv_heads, step):
+        end = min(begin + step, batch * c.n_kv_heads)
+        yield slice(begin * group, end * group), slice(begin, end)
