@@ -15,7 +15,7 @@ from engine.errors import EngineError
 from model.config import ModelConfig
 from model.reference import Reference
 from weights.calibration import read_windows, sample_tokens
-from weights.calibration.sample import BatchedLlama, draw, softmax
+from weights.calibration.sample import BatchedLlama, DenseLlama, draw, softmax
 from weights.sources import Source, open_source
 
 AssertClose = Callable[[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike], None]
@@ -35,7 +35,7 @@ def test_batched_logits_are_the_oracles(
 ) -> None:
     source = tiny_source(tmp_path, config)
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, (5, 11))
-    model = BatchedLlama(source, batch=5, length=11)
+    model = BatchedLlama(config, DenseLlama.read(source), batch=5, length=11)
     found = np.stack([model.step(column) for column in tokens.T], axis=1)  # (5, 11, vocab_size)
     reference = Reference.from_source(source, cache_dtype=np.float32)
     # The same sums in another order: as test_reference_is_a_llama, for logits below 1.

@@ -7,13 +7,9 @@ the asked rates; then the code itself. Memory holds a few matrices at a time, ne
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +21,7 @@ from codec.quantize import Histogram, bisect_constant, histogram, quantize, row_
 from engine.errors import EngineError, WeightsError
 from weights import layout
 from weights.inspect import MatrixReport, describe, format_file
+from weights.parallel import in_order
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
 
@@ -41,8 +38,6 @@ MIN_BITS, MAX_BITS = 2.0, 8.0
 DEFAULT_LOG2_STATES = 11
 
 Array = npt.NDArray[np.float32]
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def convert(
@@ -71,13 +66,13 @@ def convert(
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     with bar:
         measured = bar.track(
-            _in_order(lambda matrix: _histogram(source, matrix), matrices),
+            in_order(lambda matrix: _histogram(source, matrix), matrices),
             total=len(matrices),
             description="measuring",
         )
         constants = _constants(matrices, list(measured), bits, embed_bits, log2_states)
         encoded = bar.track(
-            _in_order(lambda m: _encode(source, m, constants[m.name], log2_states), matrices),
+            in_order(lambda m: _encode(source, m, constants[m.name], log2_states), matrices),
             total=len(matrices),
             description="encoding",
         )
@@ -158,22 +153,6 @@ def _read(source: Source, name: str) -> Array:
             f"{source.name}: {name}[{at}] is {values[bad]}; the source model is damaged"
         )
     return values
-
-
-def _in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """map() on several threads, with no more results waiting than there are threads."""
-    n_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads) as pool:
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > n_threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # after an error or Ctrl-C, what has not begun is not worth waiting for
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

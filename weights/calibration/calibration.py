@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from engine.errors import EngineError
 from model.reference import Floats, embed
@@ -94,9 +95,11 @@ def calibrate(
     folder = Path(work_dir) / _identity(source, tokens, seed, weighted)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for done in _run(source, tokens, folder, seed, weighted):
-            if progress is not None:
-                progress(done, 2 * c.n_layers + 1)
+        # A thread works on its own windows: products that are threaded too would wait for cores.
+        with threadpool_limits(1, "blas"):
+            for done in _run(source, tokens, folder, seed, weighted):
+                if progress is not None:
+                    progress(done, 2 * c.n_layers + 1)
     except OSError as error:
         raise EngineError(
             f"{folder}: the calibration cannot be kept there ({error.strerror})"

@@ -5,20 +5,26 @@ Needs the whole model in float32 in memory, as nothing else here does.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from engine.errors import EngineError
 from engine.tokenizer import Tokenizer
+from model.config import ModelConfig
 from model.reference import Floats, Integers, embed, matvec, rms_norm
 from weights.calibration.layer import Layer, activate, output
 from weights.layout import EMBEDDING, HEAD
+from weights.parallel import in_order
 from weights.sources import Source
 
 Tokens = npt.NDArray[np.int64]
-
 
 _MARK = "<<content>>"  # where a user's text would begin
 
@@ -39,25 +45,43 @@ def sample_tokens(
     of things, code among them, fluent but ever less sensible; its documents are like the web:
     articles, stories, forums, lists, code, now and then a foreign language or a table of noise.
     """
+    c = source.config
     rng = np.random.default_rng(seed)
     document, chat = _document_opening(source), _chat_opening(source)
     is_chat = [bool(chat) and i % 2 == 0 for i in range(n_sequences)]
     forced = [list(chat if chats else document) for chats in is_chat]  # what is to come first
-    model = BatchedLlama(source, n_sequences, length)
     tokens = np.empty((n_sequences, length), np.int64)
-    tokens[:, 0] = rng.integers(source.config.vocab_size, size=n_sequences)
-    for pos in range(length):
-        if pos > 0:
-            logits = model.step(tokens[:, pos - 1])
-            logits /= temperature
-            tokens[:, pos] = draw(softmax(logits), rng.random(n_sequences))
-        for i, opening in enumerate(forced):
-            if opening:
-                tokens[i, pos] = opening.pop(0)
-            elif tokens[i, pos] in source.config.eos_token_ids and not is_chat[i]:
-                opening += document
-        if progress is not None:
-            progress(pos + 1, length)
+    tokens[:, 0] = rng.integers(c.vocab_size, size=n_sequences)
+
+    weights = DenseLlama.read(source)
+    n_groups = min(os.cpu_count() or 1, n_sequences)
+    bounds = np.linspace(0, n_sequences, n_groups + 1).astype(int).tolist()
+    groups = [
+        (slice(begin, end), BatchedLlama(c, weights, end - begin, length))
+        for begin, end in pairwise(bounds)
+    ]
+    # A thread works on its own texts: products that are threaded too would wait for cores.
+    with threadpool_limits(1, "blas"):
+        for pos in range(length):
+            if pos > 0:
+                uniform = rng.random(n_sequences)
+
+                def following(
+                    group: tuple[slice, BatchedLlama], pos: int = pos, uniform: Floats = uniform
+                ) -> Tokens:
+                    texts, model = group
+                    logits = model.step(tokens[texts, pos - 1])
+                    logits /= temperature
+                    return draw(softmax(logits), uniform[texts])
+
+                tokens[:, pos] = np.concatenate(list(in_order(following, groups)))
+            for i, opening in enumerate(forced):
+                if opening:
+                    tokens[i, pos] = opening.pop(0)
+                elif tokens[i, pos] in c.eos_token_ids and not is_chat[i]:
+                    opening += document
+            if progress is not None:
+                progress(pos + 1, length)
     return tokens
 
 
@@ -81,29 +105,47 @@ def _chat_opening(source: Source) -> list[int]:
     return tokenizer.encode(before) if mark and before else []
 
 
+@dataclass(frozen=True)
+class DenseLlama:
+    """All weights of a model."""
+
+    layers: list[Layer]
+    norm: Floats
+    embedding: Floats
+    head: Floats
+
+    @classmethod
+    def read(cls, source: Source) -> Self:
+        embedding = source.tensors[f"{EMBEDDING}.weight"].read()
+        return cls(
+            layers=[Layer.read(source, i) for i in range(source.config.n_layers)],
+            norm=source.tensors["model.norm.weight"].read(),
+            embedding=embedding,
+            head=embedding
+            if source.config.tie_embeddings
+            else source.tensors[f"{HEAD}.weight"].read(),
+        )
+
+
 class BatchedLlama:
     """A model that reads one token of each of `batch` texts at a time, with a cache for each."""
 
-    def __init__(self, source: Source, batch: int, length: int) -> None:
-        c = self.config = source.config
-        self._layers = [Layer.read(source, i) for i in range(c.n_layers)]
-        self._norm = source.tensors["model.norm.weight"].read()
-        self._embedding = source.tensors[f"{EMBEDDING}.weight"].read()
-        self._head = (
-            self._embedding if c.tie_embeddings else source.tensors[f"{HEAD}.weight"].read()
-        )
+    def __init__(self, config: ModelConfig, weights: DenseLlama, batch: int, length: int) -> None:
+        self._config = config
+        self._weights = weights
         self._pos = 0
-        shape = (c.n_layers, length, batch * c.n_kv_heads, c.head_dim)
-        self._k_cache = np.empty(shape, self._embedding.dtype)
-        self._v_cache = np.empty(shape, self._embedding.dtype)
+        shape = (config.n_layers, length, batch * config.n_kv_heads, config.head_dim)
+        self._k_cache = np.empty(shape, weights.norm.dtype)
+        self._v_cache = np.empty(shape, weights.norm.dtype)
 
     def step(self, token_ids: Integers) -> Floats:
         """The next token of each text, (batch,) -> logits (batch, vocab_size)."""
-        x = embed(self._embedding, token_ids)
-        for layer, k_cache, v_cache in zip(self._layers, self._k_cache, self._v_cache, strict=True):
-            x = output(layer, activate(self.config, layer, x, k_cache, v_cache, self._pos))
+        c, w = self._config, self._weights
+        x = embed(w.embedding, token_ids)
+        for layer, k_cache, v_cache in zip(w.layers, self._k_cache, self._v_cache, strict=True):
+            x = output(layer, activate(c, layer, x, k_cache, v_cache, self._pos))
         self._pos += 1
-        return matvec(self._head, rms_norm(x, self._norm, self.config.norm_eps))
+        return matvec(w.head, rms_norm(x, w.norm, c.norm_eps))
 
 
 def softmax(logits: Floats) -> Floats:

@@ -11,6 +11,7 @@ softmax, one per position: its expected squared gradient is the diagonal of the 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,9 +22,11 @@ from model.reference import Floats, matvec, rms_norm
 from weights.calibration.backward import rms_norm_backward
 from weights.calibration.layer import Layer, backward, forward, recompute
 from weights.calibration.sample import draw, softmax
+from weights.parallel import in_order
 
 _TOKENS = 1024  # per chunk: large enough for fast products, small enough for the caches
-_LOGITS = 1 << 24  # per chunk of the head
+_LOGITS = 1 << 23  # per chunk of the head
+_THREADS = 4  # each with a chunk and its Hessians
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ class MatrixStatistics:
 def forward_layer(c: ModelConfig, layer: Layer, x: Floats) -> Floats:
     """(length, n_windows, dim) -> the same of the next block."""
     y = np.empty(x.shape, x.dtype)
-    for windows in _chunks(x):
+
+    def work(windows: slice) -> None:
         part = np.ascontiguousarray(x[:, windows])
         y[:, windows] = forward(c, layer, _tokens(part), part.shape[1]).reshape(part.shape)
+
+    deque(in_order(work, _chunks(x), _THREADS), maxlen=0)
     return y
 
 
@@ -58,9 +64,9 @@ def head_statistics(
     dx = np.empty(x.shape, x.dtype)
     flat_x, flat_dx, flat_uniform = _tokens(x), _tokens(dx), uniform.reshape(-1)
     moments = _Moments(head, weighted)
-    step = max(1, _LOGITS // len(head))
-    for begin in range(0, len(flat_x), step):
-        part = slice(begin, begin + step)
+
+    def work(part: slice) -> _Moments:
+        moments = _Moments(head, weighted)
         xn = rms_norm(flat_x[part], norm, c.norm_eps)
         p = softmax(matvec(head, xn))
         labels = draw(p, flat_uniform[part])
@@ -69,6 +75,12 @@ def head_statistics(
         del spread
         p[np.arange(len(p)), labels] -= 1  # softmax and cross entropy: dL/dlogits = p - onehot
         flat_dx[part] = rms_norm_backward(flat_x[part], norm, c.norm_eps, p @ head)
+        return moments
+
+    step = max(1, _LOGITS // len(head))
+    parts = [slice(begin, begin + step) for begin in range(0, len(flat_x), step)]
+    for part_moments in in_order(work, parts, _THREADS):
+        moments.merge(part_moments)
     return moments.statistics(), dx
 
 
@@ -80,11 +92,13 @@ def layer_statistics(
     The statistics are by the name of the `Layer`'s matrix.
     """
     dx = np.empty(x.shape, x.dtype)
-    moments = {
-        name: _Moments(getattr(layer, name), weighted)
-        for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    }
-    for windows in _chunks(x):
+
+    def fresh() -> dict[str, _Moments]:
+        names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        return {name: _Moments(getattr(layer, name), weighted) for name in names}
+
+    def work(windows: slice) -> dict[str, _Moments]:
+        moments = fresh()
         part, d_part = np.ascontiguousarray(x[:, windows]), np.ascontiguousarray(dy[:, windows])
         a = recompute(c, layer, _tokens(part), part.shape[1])
         d = backward(c, layer, a, _tokens(d_part))
@@ -93,6 +107,12 @@ def layer_statistics(
         moments["o_proj"].add_products(a.attn, d.o_proj)
         moments["gate_up_proj"].add_products(a.xn_mid, d.gate_up_proj)
         moments["down_proj"].add_products(a.hidden, d.down_proj)
+        return moments
+
+    moments = fresh()
+    for part in in_order(work, _chunks(x), _THREADS):
+        for name, part_moments in part.items():
+            moments[name].merge(part_moments)
     return {name: m.statistics() for name, m in moments.items()}, dx
 
 
@@ -125,6 +145,14 @@ class _Moments:
         if self._weighted_xx is not None:
             scaled = x * np.sqrt(tokens_energy)[:, None]
             self._weighted_xx += scaled.T @ scaled
+
+    def merge(self, other: _Moments) -> None:
+        self._n += other._n
+        self._xx += other._xx
+        self._x += other._x
+        self._energy += other._energy
+        if self._weighted_xx is not None and other._weighted_xx is not None:
+            self._weighted_xx += other._weighted_xx
 
     def statistics(self) -> MatrixStatistics:
         dtype = self._xx.dtype
