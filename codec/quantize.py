@@ -1,7 +1,8 @@
-"""Floats to integers without calibration: a uniform grid per row, step = c * rms(row).
+"""One constant for a whole model: the steps of all rows are c times what they are for c = 1.
 
-The constant c sets the rate of a whole model. It is found on histograms of the weights in units of
-their row's rms, before any matrix is quantized. Of codes it knows only what they cost.
+c sets the rate. It is found on histograms of the weights in units of those steps, before any matrix
+is quantized. Without calibration a row's step for c = 1 is its root mean square, and weights are
+rounded to the nearest; codec/whiten.py does better. Of codes this module knows only what they cost.
 """
 
 from collections.abc import Sequence
@@ -12,22 +13,24 @@ import numpy.typing as npt
 
 from codec.choice import choose_code
 
-_BINS = 512  # per rms, centred on its multiples: a weight of 0 is well inside its bin
-_REACH = 32  # rms; what is larger is counted as this large, and will be an outlier all the same
+_BINS = 512  # per spread, centred on its multiples: a weight of 0 is well inside its bin
+_REACH = 32  # spreads; what is larger is counted as this large, and will be an outlier all the same
 _CHUNK_WEIGHTS = 1 << 20
-_SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**3
+_SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**3  # in units of the spread
 
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """A matrix's weights in units of their row's rms."""
+    """A matrix's weights in units of their row's step for c = 1."""
 
     rows: int
     cols: int
+    spread: float  # root mean square of the weights in these units; bins and reach count it
     below: npt.NDArray[np.float64]  # (n_bins + 1,) how many are below each edge of a bin
 
     def integers(self, c: float) -> tuple[npt.NDArray[np.float64], int]:
-        """How often `quantize` would yield lowest, lowest + 1, ..., -lowest; and lowest."""
+        """How often rounding would yield lowest, lowest + 1, ..., -lowest; and lowest."""
+        c = c / self.spread
         largest = int(_REACH / c) + 1
         edges = (np.arange(-largest, largest + 2) - 0.5) * (c * _BINS) + (_REACH * _BINS + 0.5)
         edges[0], edges[-1] = 0, self.below.size - 1
@@ -35,11 +38,12 @@ class Histogram:
         return below[1:] - below[:-1], -largest
 
 
-def histogram(w: npt.NDArray[np.float32]) -> Histogram:
-    """Count w (rows, cols), once for all trials of c. Raises ValueError if it is not finite."""
+def histogram(w: npt.NDArray[np.float32], units: npt.NDArray[np.floating]) -> Histogram:
+    """Count w (rows, cols) in `units` (rows,), once for all trials of c."""
     rows, cols = w.shape
-    rms = _rms(w)
-    bins_per_unit = _BINS / np.where(rms > 0, rms, np.inf)
+    units = np.where(units > 0, units, np.inf)
+    spread = float(np.sqrt(np.mean((root_mean_squares(w) / units) ** 2))) or 1.0
+    bins_per_unit = (_BINS / (units * spread)).astype(np.float32)
     middle = _REACH * _BINS
     counts = np.zeros(2 * middle + 1, np.int64)
     size = max(1, _CHUNK_WEIGHTS // cols)
@@ -49,11 +53,11 @@ def histogram(w: npt.NDArray[np.float32]) -> Histogram:
         np.clip(x, -middle, middle, out=x)
         np.rint(x, out=x)
         counts += np.bincount(x.astype(np.int64).ravel() + middle, minlength=counts.size)
-    return Histogram(rows, cols, np.append(0.0, np.cumsum(counts)))
+    return Histogram(rows, cols, spread, np.append(0.0, np.cumsum(counts)))
 
 
 def predicted_bits(h: Histogram, c: float, log2_states: int = 12) -> float:
-    """All stored bits of the matrix if it is quantized with steps of c * rms."""
+    """All stored bits of the matrix if it is rounded to multiples of c times the units."""
     counts, lowest = h.integers(c)
     code = choose_code(counts, lowest, log2_states)
     # A row further stores its scale, its first state and its length, whose standard deviation is
@@ -67,12 +71,13 @@ def bisect_constant(
 ) -> float:
     """The c at which these matrices together take the asked stored bits per weight, or just less.
 
-    One c for all of them equalises what one more bit is worth in each. Raises ValueError if it
-    would lie outside of 2^-7 .. 2^3 (from about 1 to 10 bits can be had).
+    One c for all of them equalises what one more bit is worth in each. Raises ValueError if steps
+    would be outside of 2^-7 .. 2^3 root mean squares (from about 1 to 10 bits can be had).
     """
     n_weights = sum(h.rows * h.cols for h in histograms)
-    too_small, too_large = low, high = np.log2(_SMALLEST_C), np.log2(_LARGEST_C)
-    x = 2.1 - bits_per_weight  # log2 c; a Gaussian's entropy is 2.05 - log2 c
+    spread = sum(h.rows * h.cols * np.log2(h.spread) for h in histograms) / n_weights
+    too_small, too_large = low, high = np.log2((_SMALLEST_C, _LARGEST_C)) + spread
+    x = 2.1 - bits_per_weight + spread  # log2 c; a Gaussian's entropy is 2.05 - log2 c
     while high - low > 1e-4:
         if not low < x < high:
             x = (low + high) / 2
@@ -85,18 +90,15 @@ def bisect_constant(
         x += excess  # as c doubles, a weight takes nearly one bit less
     if low == too_small or high == too_large:
         raise ValueError(
-            f"{bits_per_weight} bits per weight cannot be had: steps of {c:.3g} rms take {bits:.2f}"
+            f"{bits_per_weight:.3g} bits per weight cannot be had; the nearest is {bits:.2f}"
         )
     return float(2.0**high)  # the rate jumps here, past the one that was asked for
 
 
-def row_steps(w: npt.NDArray[np.float32], c: float) -> npt.NDArray[np.float16]:
-    """Step of each row of w (rows, cols) -> (rows,): c * rms, so 0 for a row of zeros.
-
-    Raises ValueError if w is not finite or a step is too large for float16.
-    """
+def row_steps(units: npt.NDArray[np.floating], c: float) -> npt.NDArray[np.float16]:
+    """c * units, (rows,), as they are stored. Raises ValueError if one is too large for float16."""
     with np.errstate(over="ignore"):
-        steps = (c * _rms(w)).astype(np.float16)
+        steps = (c * units).astype(np.float16)
     if not np.isfinite(steps).all():
         row = int(np.argmax(~np.isfinite(steps)))
         raise ValueError(f"the weights of row {row} are too large for a step in float16")
@@ -110,7 +112,8 @@ def quantize(w: npt.NDArray[np.float32], steps: npt.NDArray[np.float16]) -> npt.
     return q.astype(np.int32)
 
 
-def _rms(w: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def root_mean_squares(w: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(rows, cols) -> (rows,). Raises ValueError if w is not finite."""
     with np.errstate(over="ignore"):
         squares: npt.NDArray[np.float32] = np.einsum("rc,rc->r", w, w)
     if not np.isfinite(squares).all():

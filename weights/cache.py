@@ -6,10 +6,9 @@ import sys
 import zlib
 from pathlib import Path
 
-import platformdirs
-
 from engine.errors import WeightsError
-from weights.convert import DEFAULT_BITS, RECIPE_VERSION, convert
+from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, convert
+from weights.folder import cache_folder
 from weights.sources import PACKAGED, open_source
 
 __all__ = ["DEFAULT_BITS", "DEFAULT_MODEL", "cache_folder", "resolve"]
@@ -35,13 +34,8 @@ def resolve(model: str | Path, bits: float | None = None, progress: bool = True)
     cached = cache_folder() / f"{_name(model)}-{bits:g}bit-v{RECIPE_VERSION}.safetensors"
     if not cached.is_file():
         print(f"converting {model} to {bits:g} bit/weight, once: {cached}", file=sys.stderr)
-        convert(open_source(model), cached, bits, progress=progress)
+        convert(open_source(model), cached, bits, text=QUICK, progress=progress)
     return cached
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept; any file in it may be deleted."""
-    return platformdirs.user_cache_path("answer")
 
 
 def _name(model: str | Path) -> str:

@@ -1,27 +1,35 @@
-"""A source model to a weights file, without calibration: quantize, encode, verify, write.
+"""A source model to a weights file: calibrate, quantize, encode, verify, write.
 
 Two passes over the source, matrix by matrix: histograms, from which the step constants follow for
-the asked rates; then the code itself. Memory holds a few matrices at a time, never the model.
+the asked rates; then the code itself. Memory holds a few matrices at a time, never the model, but
+for the sampling of calibration text.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
+from threadpoolctl import threadpool_limits
 
 from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
-from codec.quantize import Histogram, bisect_constant, histogram, quantize, row_steps
+from codec.quantize import Histogram, bisect_constant, predicted_bits
 from engine.errors import EngineError, WeightsError
+from engine.tokenizer import Tokenizer
 from weights import layout
+from weights.calibration.calibration import calibrate
+from weights.calibration.sample import sample_tokens
+from weights.calibration.text import read_windows
+from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, format_file
 from weights.parallel import in_order
+from weights.quantizers import Plain, Quantizer, Whitened
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
 
@@ -37,7 +45,21 @@ MIN_BITS, MAX_BITS = 2.0, 8.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
 DEFAULT_LOG2_STATES = 11
 
-Array = npt.NDArray[np.float32]
+_WINDOW = 256  # tokens of a calibration text that see each other
+_PROBES = 12  # matrices that are quantized to see what rate a constant gives
+_TRIALS = 2  # of the constant
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """How many tokens the quantizer learns from, 0 to do without; the model's own if no `file`."""
+
+    tokens: int
+    file: Path | None = None
+
+
+FULL = CalibrationText(16384)
+QUICK = CalibrationText(4096)
 
 
 def convert(
@@ -46,6 +68,7 @@ def convert(
     bits: float = DEFAULT_BITS,
     embed_bits: float | None = None,
     log2_states: int = DEFAULT_LOG2_STATES,
+    text: CalibrationText = FULL,
     progress: bool = True,
 ) -> list[MatrixReport]:
     """Write `source` to the file `out`, which appears whole or not at all; returns what it cost.
@@ -53,7 +76,8 @@ def convert(
     The matrices of all blocks together take `bits` per weight, everything stored counted in; the
     embedding and an untied head take `embed_bits` each, by default as many, but at least
     LEAST_EMBED_BITS. `progress` shows a bar on a terminal.
-    WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written.
+    WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written;
+    EngineError: a calibration text that cannot be used.
     """
     if embed_bits is None:
         embed_bits = max(bits, LEAST_EMBED_BITS)
@@ -64,15 +88,15 @@ def convert(
             )
     matrices = layout.matrices(source.config)
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
-    with bar:
+    # A thread works on its own matrix: products that are threaded too would wait for cores.
+    with bar, threadpool_limits(1, "blas"):
+        quantizer = _quantizer(source, text, bar)
         measured = bar.track(
-            in_order(lambda matrix: _histogram(source, matrix), matrices),
-            total=len(matrices),
-            description="measuring",
+            in_order(quantizer.histogram, matrices), total=len(matrices), description="measuring"
         )
-        constants = _constants(matrices, list(measured), bits, embed_bits, log2_states)
+        constants = _constants(quantizer, matrices, list(measured), bits, embed_bits, log2_states)
         encoded = bar.track(
-            in_order(lambda m: _encode(source, m, constants[m.name], log2_states), matrices),
+            in_order(lambda m: _encode(quantizer, m, constants[m.name], log2_states), matrices),
             total=len(matrices),
             description="encoding",
         )
@@ -87,7 +111,7 @@ def convert(
             out,
             config=source.config,
             matrices=reported(),
-            vectors={name: _read(source, name) for name in layout.vectors(source.config)},
+            vectors={name: quantizer.vector(name) for name in layout.vectors(source.config)},
             tokenizer_json=source.tokenizer_json,
             chat_template=source.chat_template,
             source=source.name,
@@ -95,7 +119,28 @@ def convert(
     return reports
 
 
+def _quantizer(source: Source, text: CalibrationText, bar: Progress) -> Quantizer:
+    if text.tokens == 0:
+        return Plain(source)
+
+    def shown(description: str) -> Callable[[int, int], None]:
+        task = bar.add_task(description)
+        return lambda done, total: bar.update(task, completed=done, total=total)
+
+    length = min(_WINDOW, source.config.max_seq_len)
+    n_windows = max(1, text.tokens // length)
+    if text.file is None:
+        tokens = sample_tokens(source, n_windows, length, progress=shown("sampling"))
+    else:
+        encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
+        tokens = read_windows(text.file, encode, n_windows, length)
+    folder = cache_folder() / "calibration"
+    calibration = calibrate(source, tokens, folder, progress=shown("calibrating"))
+    return Whitened(source, calibration)
+
+
 def _constants(
+    quantizer: Quantizer,
     matrices: list[layout.Matrix],
     histograms: list[Histogram],
     bits: float,
@@ -108,27 +153,34 @@ def _constants(
         groups.setdefault("the blocks" if matrix.in_block else matrix.name, []).append(i)
     constants: dict[str, float] = {}
     for group, members in groups.items():
-        rate = bits if matrices[members[0]].in_block else embed_bits
+        in_group = [histograms[i] for i in members]
+        wanted = rate = bits if matrices[members[0]].in_block else embed_bits
+        probes = members[:: max(1, len(members) // _PROBES | 1)]
         try:
-            c = bisect_constant([histograms[i] for i in members], rate, log2_states)
+            c = bisect_constant(in_group, rate, log2_states)
+            # What is quantized with care takes other bits than what is merely rounded: see how many.
+            for _ in range(_TRIALS if probes else 0):
+                trials = list(
+                    in_order(
+                        lambda i, c=c: _encode(quantizer, matrices[i], c, log2_states)[0], probes
+                    )
+                )
+                taken = sum(coded.stored_bits for coded in trials)
+                rounded = sum(predicted_bits(histograms[i], c, log2_states) for i in probes)
+                n_weights = sum(coded.n_weights for coded in trials)
+                rate = wanted + (rounded - taken) / n_weights
+                c = bisect_constant(in_group, rate, log2_states)
         except ValueError as error:
             raise WeightsError(f"{group}: {error}; ask for other bits") from None
         constants |= {matrices[i].name: c for i in members}
     return constants
 
 
-def _histogram(source: Source, matrix: layout.Matrix) -> Histogram:
-    return histogram(_fused(source, matrix))
-
-
 def _encode(
-    source: Source, matrix: layout.Matrix, c: float, log2_states: int
+    quantizer: Quantizer, matrix: layout.Matrix, c: float, log2_states: int
 ) -> tuple[CodedMatrix, MatrixReport]:
-    w = _fused(source, matrix)
     try:
-        scale = row_steps(w, c)
-        q = quantize(w, scale)
-        del w  # the largest array, and of no more use
+        q, scale = quantizer.integers(matrix, c)
         coded = encode_matrix(q, scale, log2_states)
     except ValueError as error:
         raise WeightsError(f"{matrix.name}: {error}") from None
@@ -136,23 +188,6 @@ def _encode(
     if not np.array_equal(decode_matrix(coded), q):
         raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
     return coded, describe(matrix.name, coded, q)
-
-
-def _fused(source: Source, matrix: layout.Matrix) -> Array:
-    """The source's tensors stacked to (rows, cols)."""
-    parts = [_read(source, name) for name, _ in matrix.parts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _read(source: Source, name: str) -> Array:
-    values = source.tensors[name].read()
-    if not np.isfinite(values).all():
-        bad = np.unravel_index(np.argmin(np.isfinite(values)), values.shape)
-        at = ", ".join(map(str, bad))
-        raise WeightsError(
-            f"{source.name}: {name}[{at}] is {values[bad]}; the source model is damaged"
-        )
-    return values
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,6 +217,19 @@ def main(arguments: list[str] | None = None) -> int:
         default=DEFAULT_LOG2_STATES,
         help="size of the decode tables: 11 saves GPU memory, 12 bits (default %(default)s)",
     )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a text in UTF-8 to learn from (default: text that the model writes itself)",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=FULL.tokens,
+        metavar="N",
+        help="how much of it; 0 quantizes without (default %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
     options = parser.parse_args(arguments)
     try:
@@ -191,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.bits,
             options.embed_bits,
             options.log2_states,
+            CalibrationText(options.calibration_tokens, options.calibration),
             progress=not options.quiet,
         )
         if not options.quiet:

@@ -1,0 +1,107 @@
+"""Whitened steps: integers for weights whose errors later columns make up for.
+
+To second order the loss of y = W x grows by sum_i g_i^2 e_i^T H e_i: e_i is the error of row i of
+W, H = E[x x^T], g_i the root mean square of the loss's gradient at y_i. With H^-1 = U^T U, U upper
+triangular, a sweep over the columns that moves each one's error on to those after it leaves
+sum_ij (g_i e_ij / U_jj)^2, every e_ij within half a step (GPTQ, Frantar et al. 2022). Under an
+entropy coder such a sum is least, at a given rate, when its terms are equal: step_ij = c U_jj / g_i
+(WaterSIC, Lifar et al. 2026), and with one c for all matrices the last bit is worth the same in
+each. Here a step has no column part: where inputs were equalised before (weights/equalize.py), U
+has an even diagonal, and elsewhere the sweep does what it can.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+DAMPING = 0.05  # of H's mean diagonal: inputs as uncertain as a text of 10^4 tokens leaves them
+# What a bit is worth, in steps^2; uniform noise of step^2 / 12 falls by a quarter for a bit, that
+# is by step^2 / 8. Less near zero, where rounding down costs more than that says.
+PRICE = 0.1
+
+_BLOCK = 64  # columns that are swept one by one before the rest is brought up to date
+_LARGEST = 64  # integers beyond cost as much as this one
+_LEAST_GRADIENT = 0.03  # of the matrix's root mean square: no text shows all that outputs are for
+
+Floats = npt.NDArray[np.float64]
+Array = npt.NDArray[np.float32]
+
+
+def inverse_factor(hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Floats:
+    """U (cols, cols), upper triangular, with U^T U = (H + damping * mean diagonal)^-1.
+
+    Inputs that were never seen, zeros in H, are as good as independent small ones.
+    """
+    h = hessian.astype(np.float64)
+    mean = np.trace(h) / len(h)
+    h[np.diag_indices_from(h)] += damping * mean if mean > 0 else 1.0
+    # H = R R^T with R upper triangular is Cholesky's factorisation from the last row upwards.
+    r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    return np.linalg.inv(r)
+
+
+def unit_steps(u: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
+    """Steps of the rows for c = 1: (cols, cols), (rows,) -> (rows,)."""
+    g = gradient.astype(np.float64)
+    least = _LEAST_GRADIENT * np.sqrt(np.mean(g * g))
+    if least == 0:  # an output that never mattered: all rows alike
+        g, least = np.ones_like(g), 1.0
+    return float(np.exp(np.mean(np.log(np.diag(u))))) / np.maximum(g, least)
+
+
+def quantize_whitened(w: Array, u: Floats, steps: Array) -> npt.NDArray[np.int32]:
+    """w (rows, cols), U, steps (rows,) -> integers (rows, cols); a step of 0 gives zeros.
+
+    Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
+    error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding.
+    """
+    z = np.ascontiguousarray((w / np.where(steps > 0, steps, np.inf)[:, None]).T)
+    q = _sweep(z, u, _bits(z))
+    return np.ascontiguousarray(q.T)
+
+
+def _bits(z: Array) -> Array:
+    """-log2 of how probable 0, 1, ..., _LARGEST in size are, with their sign, by rounding z."""
+    size = np.minimum(np.abs(z), _LARGEST)
+    counts = np.bincount(np.rint(size).astype(np.int64).ravel(), minlength=_LARGEST + 1) + 0.25
+    counts[1:] /= 2
+    return (np.log2(z.size) - np.log2(counts)).astype(np.float32)
+
+
+def _sweep(z: Array, u: Floats, bits: Array) -> npt.NDArray[np.int32]:
+    """z (cols, rows), used up -> integers (cols, rows)."""
+    cols, rows = z.shape
+    q = np.empty((cols, rows), np.int32)
+    diagonal = np.diag(u)
+    passed_on = (u / diagonal[:, None]).astype(np.float32)
+    # An error's weight in the loss, whose mean (of logarithms) is 1.
+    weight = (np.exp(np.mean(np.log(diagonal))) / diagonal) ** 2
+    prices = PRICE * bits[:, None] / weight.astype(np.float32)  # (integers, cols)
+    for begin in range(0, cols, _BLOCK):
+        end = min(begin + _BLOCK, cols)
+        errors = np.empty((end - begin, rows), np.float32)
+        for j in range(begin, end):
+            chosen = _round(z[j], prices[:, j])
+            q[j] = chosen
+            error = np.subtract(z[j], chosen, out=errors[j - begin])
+            if j + 1 < end:
+                z[j + 1 : end] -= passed_on[j, j + 1 : end, None] * error
+        if end < cols:
+            z[end:] -= passed_on[begin:end, end:].T @ errors
+    return q
+
+
+def _round(x: Array, prices: Array) -> Array:
+    """The integers of least (x - q)^2 + price of |q|."""
+    size = np.abs(x)
+    near = np.rint(size)
+    i = np.minimum(near, _LARGEST).astype(np.intp)
+    lower = np.maximum(i - 1, 0)
+    below = near - 1
+    # (size - below)^2 - (size - near)^2 = 2 (size - near) + 1
+    saved = prices[i] - prices[lower]
+    best = np.where((saved > 2 * (size - near) + 1) & (i > 0), below, near)
+    best_price = np.where(best < near, prices[lower], prices[i])
+    best[size * size + prices[0] < (size - best) ** 2 + best_price] = 0
+    return np.copysign(best, x)

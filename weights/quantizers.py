@@ -1,0 +1,111 @@
+"""What is done to a source's matrix before it is coded: two ways to integers, one interface.
+
+`Plain` needs nothing but the weights, `Whitened` the statistics of a calibration. Both read the
+source matrix by matrix and keep nothing of its size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
+from codec.whiten import quantize_whitened
+from engine.errors import WeightsError
+from weights import layout
+from weights.calibration.calibration import Calibration
+from weights.equalize import Equalized
+from weights.parallel import in_order
+from weights.sources import Source
+
+Array = npt.NDArray[np.float32]
+
+
+class Quantizer(Protocol):
+    """Rows' steps are c times those of `histogram`'s units."""
+
+    def histogram(self, matrix: layout.Matrix) -> Histogram: ...
+
+    def integers(
+        self, matrix: layout.Matrix, c: float
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+        """(rows, cols) integers and (rows,) scales."""
+        ...
+
+    def vector(self, name: str) -> Array: ...
+
+
+class Plain:
+    """Steps in proportion to a row's root mean square, weights rounded to the nearest."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def histogram(self, matrix: layout.Matrix) -> Histogram:
+        w = read_fused(self._source, matrix)
+        return histogram(w, root_mean_squares(w))
+
+    def integers(
+        self, matrix: layout.Matrix, c: float
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+        w = read_fused(self._source, matrix)
+        scale = row_steps(root_mean_squares(w), c)
+        return quantize(w, scale), scale
+
+    def vector(self, name: str) -> Array:
+        return read_finite(self._source, name)
+
+
+class Whitened:
+    """Whitened steps on equalised matrices; a matrix without statistics is treated as by Plain."""
+
+    def __init__(self, source: Source, calibration: Calibration) -> None:
+        self._source = source
+        self._plain = Plain(source)
+        self._equalized = Equalized(source.config, calibration)
+        for _ in in_order(self._equalized.find_columns, layout.matrices(source.config)):
+            pass
+
+    def histogram(self, matrix: layout.Matrix) -> Histogram:
+        if matrix.name == layout.EMBEDDING:
+            return self._plain.histogram(matrix)
+        return histogram(self._read(matrix), self._equalized.whitening(matrix).unit_steps)
+
+    def integers(
+        self, matrix: layout.Matrix, c: float
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+        if matrix.name == layout.EMBEDDING:
+            return self._plain.integers(matrix, c)
+        whitening = self._equalized.whitening(matrix)
+        scale = row_steps(whitening.unit_steps, c)
+        w = self._read(matrix)
+        q = quantize_whitened(w, whitening.inverse_factor, scale.astype(np.float32))
+        return q, scale
+
+    def vector(self, name: str) -> Array:
+        return self._equalized.vector(name, read_finite(self._source, name))
+
+    def _read(self, matrix: layout.Matrix) -> Array:
+        w = read_fused(self._source, matrix)
+        self._equalized.matrix(matrix, w)
+        return w
+
+
+def read_fused(source: Source, matrix: layout.Matrix) -> Array:
+    """The source's tensors stacked to (rows, cols)."""
+    parts = [read_finite(source, name) for name, _ in matrix.parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def read_finite(source: Source, name: str) -> Array:
+    """A tensor of the source; WeightsError if it has a number that is none."""
+    values = source.tensors[name].read()
+    if not np.isfinite(values).all():
+        bad = np.unravel_index(np.argmin(np.isfinite(values)), values.shape)
+        at = ", ".join(map(str, bad))
+        raise WeightsError(
+            f"{source.name}: {name}[{at}] is {values[bad]}; the source model is damaged"
+        )
+    return values
