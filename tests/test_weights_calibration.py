@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from tiny_model import CONFIG, random_tensors
 
-from engine.errors import EngineError
+from engine.errors import EngineError, WeightsError
 from model.config import ModelConfig
 from model.reference import Reference
 from weights import layout
@@ -159,6 +159,26 @@ def test_gradient_is_the_root_mean_square_of_finite_differences(
     want = np.sqrt(np.square(truth.gradient(matrix, rows)).mean(axis=0))
     assert (want > 1e-3).all()  # a gradient of nothing would prove nothing
     assert_close(calibration.matrix(matrix).gradient[rows], want, DIFFERENCES)
+
+
+def test_gradient_leaves_out_the_first_positions(
+    source: Source,
+    tokens: npt.NDArray[np.int64],
+    truth: Truth,
+    calibration: Calibration,
+    tmp_path: Path,
+    assert_close: AssertClose,
+) -> None:
+    found = calibrate(source, tokens, tmp_path, seed=SEED, weighted=True, gradient_from=2)
+    assert found.folder.name != calibration.folder.name
+    name, rows = "model.layers.0.mlp.gate_up_proj", [5, 100]
+    gradient = truth.gradient(name, rows).reshape(N_WINDOWS, LENGTH, 2)[:, 2:]
+    want = np.sqrt(np.square(gradient).mean(axis=(0, 1)))
+    assert_close(found.matrix(name).gradient[rows], want, DIFFERENCES)
+    for field in ("hessian", "weighted_hessian", "mean_input"):
+        assert np.array_equal(
+            getattr(found.matrix(name), field), getattr(calibration.matrix(name), field)
+        )
 
 
 def test_weighted_hessian_counts_a_token_by_its_gradient(
@@ -333,6 +353,17 @@ def test_folder_that_cannot_be_written_is_named(
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(EngineError, match="the calibration cannot be kept there"):
         calibrate(source, tokens, tmp_path / "file")
+
+
+def test_model_that_is_not_finite_is_damaged(
+    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path
+) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    broken = source.tensors[name].read()
+    broken[2, 3] = np.nan
+    tensors = {**source.tensors, name: LazyTensor(broken.shape, lambda: broken)}
+    with pytest.raises(WeightsError, match="tiny: block 1 gives activations that are not finite"):
+        calibrate(dataclasses.replace(source, tensors=tensors), tokens, tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [-1, CONFIG.vocab_size])

@@ -54,7 +54,7 @@ def forward_layer(c: ModelConfig, layer: Layer, x: Floats) -> Floats:
 
 
 def head_statistics(
-    c: ModelConfig, norm: Floats, head: Floats, x: Floats, uniform: Floats, weighted: bool
+    c: ModelConfig, norm: Floats, head: Floats, x: Floats, uniform: Floats, weighted: bool = False
 ) -> tuple[MatrixStatistics, Floats]:
     """The last residual (length, n_windows, dim) -> statistics of the head, dL/dx.
 
@@ -71,7 +71,7 @@ def head_statistics(
         p = softmax(matvec(head, xn))
         labels = draw(p, flat_uniform[part])
         spread = p * (1 - p)
-        moments.add(xn, spread.sum(axis=0), spread.sum(axis=1))
+        moments.add(xn, spread.sum(axis=0), spread.sum(axis=1), len(xn))
         del spread
         p[np.arange(len(p)), labels] -= 1  # softmax and cross entropy: dL/dlogits = p - onehot
         flat_dx[part] = rms_norm_backward(flat_x[part], norm, c.norm_eps, p @ head)
@@ -85,11 +85,17 @@ def head_statistics(
 
 
 def layer_statistics(
-    c: ModelConfig, layer: Layer, x: Floats, dy: Floats, weighted: bool
+    c: ModelConfig,
+    layer: Layer,
+    x: Floats,
+    dy: Floats,
+    weighted: bool = False,
+    gradient_from: int = 0,
 ) -> tuple[dict[str, MatrixStatistics], Floats]:
     """A block's input and dL/d(its output), (length, n_windows, dim) -> statistics, dL/dx.
 
-    The statistics are by the name of the `Layer`'s matrix.
+    The statistics are by the name of the `Layer`'s matrix. `gradient` counts the positions from
+    `gradient_from` on.
     """
     dx = np.empty(x.shape, x.dtype)
 
@@ -102,11 +108,12 @@ def layer_statistics(
         part, d_part = np.ascontiguousarray(x[:, windows]), np.ascontiguousarray(dy[:, windows])
         a = recompute(c, layer, _tokens(part), part.shape[1])
         d = backward(c, layer, a, _tokens(d_part))
+        first = gradient_from * part.shape[1]
         dx[:, windows] = d.x.reshape(part.shape)
-        moments["qkv_proj"].add_products(a.xn, d.qkv_proj)
-        moments["o_proj"].add_products(a.attn, d.o_proj)
-        moments["gate_up_proj"].add_products(a.xn_mid, d.gate_up_proj)
-        moments["down_proj"].add_products(a.hidden, d.down_proj)
+        moments["qkv_proj"].add_products(a.xn, d.qkv_proj, first)
+        moments["o_proj"].add_products(a.attn, d.o_proj, first)
+        moments["gate_up_proj"].add_products(a.xn_mid, d.gate_up_proj, first)
+        moments["down_proj"].add_products(a.hidden, d.down_proj, first)
         return moments
 
     moments = fresh()
@@ -125,29 +132,35 @@ class _Moments:
 
     def __init__(self, w: Floats, weighted: bool) -> None:
         rows, cols = w.shape
-        self._n = 0
+        self._n = self._n_energy = 0  # tokens in the sums over x, and in that over dL/dy
         self._xx = np.zeros((cols, cols), w.dtype)
         self._x = np.zeros(cols, np.float64)
         self._energy = np.zeros(rows, np.float64)
+        self._weight = 0.0
         self._weighted_xx = np.zeros((cols, cols), w.dtype) if weighted else None
 
-    def add_products(self, x: Floats, dy: Floats) -> None:
-        """Tokens' x (tokens, cols) and dL/dy (tokens, rows)."""
-        rows_energy = np.einsum("tr,tr->r", dy, dy)
-        self.add(x, rows_energy, np.einsum("tr,tr->t", dy, dy))
+    def add_products(self, x: Floats, dy: Floats, first: int) -> None:
+        """x (tokens, cols) and dL/dy (tokens, rows); `gradient` counts those from `first` on."""
+        counted = dy[first:]
+        rows_energy = np.einsum("tr,tr->r", counted, counted)
+        self.add(x, rows_energy, np.einsum("tr,tr->t", dy, dy), len(counted))
 
-    def add(self, x: Floats, rows_energy: Floats, tokens_energy: Floats) -> None:
-        """As `add_products`, dL/dy squared and summed over the tokens and over the rows."""
+    def add(self, x: Floats, rows_energy: Floats, tokens_energy: Floats, counted: int) -> None:
+        """As `add_products`, dL/dy squared and summed over the counted tokens and over the rows."""
         self._n += len(x)
+        self._n_energy += counted
         self._xx += x.T @ x
         self._x += x.sum(axis=0)
         self._energy += rows_energy
         if self._weighted_xx is not None:
             scaled = x * np.sqrt(tokens_energy)[:, None]
             self._weighted_xx += scaled.T @ scaled
+            self._weight += float(tokens_energy.sum())
 
     def merge(self, other: _Moments) -> None:
         self._n += other._n
+        self._n_energy += other._n_energy
+        self._weight += other._weight
         self._xx += other._xx
         self._x += other._x
         self._energy += other._energy
@@ -156,13 +169,12 @@ class _Moments:
 
     def statistics(self) -> MatrixStatistics:
         dtype = self._xx.dtype
-        total = self._energy.sum()
         if self._weighted_xx is not None:
-            self._weighted_xx /= dtype.type(total)
+            self._weighted_xx /= dtype.type(self._weight)
         self._xx /= dtype.type(self._n)
         return MatrixStatistics(
             hessian=self._xx,
-            gradient=np.sqrt(self._energy / self._n).astype(dtype),
+            gradient=np.sqrt(self._energy / self._n_energy).astype(dtype),
             weighted_hessian=self._weighted_xx,
             mean_input=(self._x / self._n).astype(dtype),
         )
