@@ -18,8 +18,8 @@ from threadpoolctl import threadpool_limits
 from engine.errors import EngineError
 from engine.tokenizer import Tokenizer
 from model.config import ModelConfig
-from model.reference import Floats, Integers, embed, matvec, rms_norm
-from weights.calibration.layer import Layer, activate, output
+from model.reference import Floats, Integers, embed, rms_norm
+from weights.calibration.layer import Layer, activate, output, product
 from weights.layout import EMBEDDING, HEAD
 from weights.parallel import in_order
 from weights.sources import Source
@@ -145,7 +145,7 @@ class BatchedLlama:
         for layer, k_cache, v_cache in zip(w.layers, self._k_cache, self._v_cache, strict=True):
             x = output(layer, activate(c, layer, x, k_cache, v_cache, self._pos))
         self._pos += 1
-        return matvec(w.head, rms_norm(x, w.norm, c.norm_eps))
+        return product(w.head, rms_norm(x, w.norm, c.norm_eps))
 
 
 def softmax(logits: Floats) -> Floats:
