@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -294,6 +295,32 @@ def test_stopped_calibration_goes_on_where_it_ended(
         "layer-0.npz",
         "layer-1.npz",
     ]
+
+
+def test_memory_holds_the_weights_of_one_block(
+    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path
+) -> None:
+    alive: list[tuple[str, weakref.ref[Array]]] = []
+
+    def watched(name: str, tensor: LazyTensor) -> LazyTensor:
+        block = ".".join(name.split(".")[:3])
+
+        def read() -> Array:
+            held = {of for of, array in alive if array() is not None}
+            assert held <= {block, "model.norm.weight"}, f"{name} is read while {held} are held"
+            values = tensor.read()
+            alive.append((block, weakref.ref(values)))
+            return values
+
+        return LazyTensor(tensor.shape, read)
+
+    tensors = {name: watched(name, tensor) for name, tensor in source.tensors.items()}
+    calibrate(dataclasses.replace(source, tensors=tensors), tokens, tmp_path)
+    # For the identity block 0's norms, the last block and the norm, then everything, and the blocks
+    # once again; a tied embedding once more as the head.
+    c, per_block = source.config, 9
+    identity, embedding_and_head, norm = 2 + per_block + 1, 2, 1
+    assert len(alive) == identity + embedding_and_head + norm + 2 * per_block * c.n_layers
 
 
 def test_complete_calibration_computes_nothing(
