@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from tiny_model import CONFIG, random_tensors
 
-from engine.errors import EngineError
+from engine.errors import EngineError, WeightsError
 from model.config import ModelConfig
 from model.reference import Reference
 from weights import layout
@@ -161,6 +162,26 @@ def test_gradient_is_the_root_mean_square_of_finite_differences(
     assert_close(calibration.matrix(matrix).gradient[rows], want, DIFFERENCES)
 
 
+def test_gradient_leaves_out_the_first_positions(
+    source: Source,
+    tokens: npt.NDArray[np.int64],
+    truth: Truth,
+    calibration: Calibration,
+    tmp_path: Path,
+    assert_close: AssertClose,
+) -> None:
+    found = calibrate(source, tokens, tmp_path, seed=SEED, weighted=True, gradient_from=2)
+    assert found.folder.name != calibration.folder.name
+    name, rows = "model.layers.0.mlp.gate_up_proj", [5, 100]
+    gradient = truth.gradient(name, rows).reshape(N_WINDOWS, LENGTH, 2)[:, 2:]
+    want = np.sqrt(np.square(gradient).mean(axis=(0, 1)))
+    assert_close(found.matrix(name).gradient[rows], want, DIFFERENCES)
+    for field in ("hessian", "weighted_hessian", "mean_input"):
+        assert np.array_equal(
+            getattr(found.matrix(name), field), getattr(calibration.matrix(name), field)
+        )
+
+
 def test_weighted_hessian_counts_a_token_by_its_gradient(
     source: Source, truth: Truth, calibration: Calibration, assert_close: AssertClose
 ) -> None:
@@ -222,6 +243,7 @@ def test_small_chunks_change_only_roundings(
 ) -> None:
     monkeypatch.setattr(statistics, "_TOKENS", 2 * LENGTH)  # two windows, then one
     monkeypatch.setattr(statistics, "_LOGITS", 5 * CONFIG.vocab_size)  # 5 tokens of 21
+    monkeypatch.setattr("weights.calibration.layer._FEW", 10)  # 14 tokens, then 7
     monkeypatch.setattr("weights.calibration.layer._SCORES", 3 * 2 * LENGTH**2)  # 3 key heads of 4
     again = everything(calibrate(source, tokens, tmp_path, seed=SEED, weighted=True), source.config)
     for key, want in everything(calibration, source.config).items():
@@ -273,6 +295,32 @@ def test_stopped_calibration_goes_on_where_it_ended(
         "layer-0.npz",
         "layer-1.npz",
     ]
+
+
+def test_memory_holds_the_weights_of_one_block(
+    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path
+) -> None:
+    alive: list[tuple[str, weakref.ref[Array]]] = []
+
+    def watched(name: str, tensor: LazyTensor) -> LazyTensor:
+        block = ".".join(name.split(".")[:3])
+
+        def read() -> Array:
+            held = {of for of, array in alive if array() is not None}
+            assert held <= {block, "model.norm.weight"}, f"{name} is read while {held} are held"
+            values = tensor.read()
+            alive.append((block, weakref.ref(values)))
+            return values
+
+        return LazyTensor(tensor.shape, read)
+
+    tensors = {name: watched(name, tensor) for name, tensor in source.tensors.items()}
+    calibrate(dataclasses.replace(source, tensors=tensors), tokens, tmp_path)
+    # For the identity block 0's norms, the last block and the norm, then everything, and the blocks
+    # once again; a tied embedding once more as the head.
+    c, per_block = source.config, 9
+    identity, embedding_and_head, norm = 2 + per_block + 1, 2, 1
+    assert len(alive) == identity + embedding_and_head + norm + 2 * per_block * c.n_layers
 
 
 def test_complete_calibration_computes_nothing(
@@ -333,6 +381,17 @@ def test_folder_that_cannot_be_written_is_named(
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(EngineError, match="the calibration cannot be kept there"):
         calibrate(source, tokens, tmp_path / "file")
+
+
+def test_model_that_is_not_finite_is_damaged(
+    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path
+) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    broken = source.tensors[name].read()
+    broken[2, 3] = np.nan
+    tensors = {**source.tensors, name: LazyTensor(broken.shape, lambda: broken)}
+    with pytest.raises(WeightsError, match="tiny: block 1 gives activations that are not finite"):
+        calibrate(dataclasses.replace(source, tensors=tensors), tokens, tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [-1, CONFIG.vocab_size])

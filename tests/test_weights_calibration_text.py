@@ -103,6 +103,21 @@ def test_sampling_begins_with_what_the_model_has(
     assert (first == opening).all() if opening is not None else len(set(first)) > 1
 
 
+def test_end_of_text_separates_where_there_is_no_bos(tmp_path: Path) -> None:
+    source = dataclasses.replace(
+        tiny_source(tmp_path, CONFIG),
+        config=dataclasses.replace(CONFIG, bos_token_id=None, eos_token_ids=tuple(range(1, 50))),
+        chat_template=None,
+    )
+    tokens = sample_tokens(source, 4, 60)
+    follows_eos = tokens[:, 1:][(tokens[:, :-1] > 1) & (tokens[:, :-1] < 50)]
+    assert len(follows_eos) > 50
+    # Every end but the first is followed by that one, which is followed by any of the 97 tokens.
+    assert (follows_eos == EOS).all()
+    follows_first = tokens[:, 1:][tokens[:, :-1] == EOS]
+    assert np.mean(follows_first == EOS) < 0.1
+
+
 def test_colder_sampling_is_likelier(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, CONFIG)
     reference = Reference.from_source(source)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from engine.errors import EngineError
+from engine.errors import EngineError, WeightsError
 from model.reference import Floats, embed
 from weights import layout
 from weights.calibration.layer import Layer
@@ -77,14 +77,17 @@ def calibrate(
     *,
     seed: int = 0,
     weighted: bool = False,
+    gradient_from: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Statistics of every matrix over `tokens` (n_windows, length), windows that start at 0 each.
 
     They lie in a folder of `work_dir` whose name tells source, tokens and options; if it is there
     already, only what it lacks is computed. `seed` draws the labels of the loss; `weighted` adds
-    the second Hessian. Disk: one (tokens, dim) array per block on the way, the Hessians in the end.
-    EngineError: the folder cannot be written, or a file in it is damaged.
+    the second Hessian; the blocks' `gradient` counts a window's positions from `gradient_from` on:
+    everything attends to the first position, which so has most of it in many blocks.
+    Disk: one (tokens, dim) array per block on the way, the Hessians in the end.
+    EngineError: the folder cannot be written, a file in it or the model is damaged.
     """
     n_windows, length = tokens.shape
     c = source.config
@@ -92,22 +95,32 @@ def calibrate(
         raise ValueError(f"{n_windows} windows of {length} tokens; at most {c.max_seq_len} work")
     if tokens.min() < 0 or tokens.max() >= c.vocab_size:
         raise ValueError(f"a token is outside the vocabulary of {c.vocab_size}")
-    folder = Path(work_dir) / _identity(source, tokens, seed, weighted)
+    if not 0 <= gradient_from < length:
+        raise ValueError(f"no position of {length} is left from {gradient_from} on")
+    options = (seed, weighted, gradient_from)
+    folder = Path(work_dir) / _identity(source, tokens, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A thread works on its own windows: products that are threaded too would wait for cores.
         with threadpool_limits(1, "blas"):
-            for done in _run(source, tokens, folder, seed, weighted):
+            for done in _run(source, tokens, folder, *options):
                 if progress is not None:
                     progress(done, 2 * c.n_layers + 1)
     except OSError as error:
         raise EngineError(
-            f"{folder}: the calibration cannot be kept there ({error.strerror})"
+            f"{folder}: the calibration cannot be kept there ({error.strerror or error})"
         ) from None
     return Calibration(folder, np.bincount(tokens.reshape(-1), minlength=c.vocab_size))
 
 
-def _run(source: Source, tokens: Tokens, folder: Path, seed: int, weighted: bool) -> Iterator[int]:
+def _run(
+    source: Source,
+    tokens: Tokens,
+    folder: Path,
+    seed: int,
+    weighted: bool,
+    gradient_from: int,
+) -> Iterator[int]:
     """Does what is not done yet; after each step, how many are.
 
     State on disk: `input-i` is block i's input, and that of the head for i = n_layers; `gradient-i`
@@ -132,6 +145,11 @@ def _run(source: Source, tokens: Tokens, folder: Path, seed: int, weighted: bool
         for i in range(n_inputs - 1, c.n_layers):
             yield i
             x = forward_layer(c, Layer.read(source, i), _load_array(inputs[i]))
+            if not np.isfinite(x).all():
+                raise WeightsError(
+                    f"{source.name}: block {i} gives activations that are not finite; "
+                    f"the source model is damaged"
+                )
             _save_array(inputs[i + 1], x)
             del x
 
@@ -150,7 +168,7 @@ def _run(source: Source, tokens: Tokens, folder: Path, seed: int, weighted: bool
         yield 2 * c.n_layers - i
         layer = Layer.read(source, i)
         x, dy = _load_array(inputs[i]), _load_array(gradients[i + 1])
-        by_matrix, dx = layer_statistics(c, layer, x, dy, weighted)
+        by_matrix, dx = layer_statistics(c, layer, x, dy, weighted, gradient_from)
         _save_array(gradients[i], dx)
         path = folder / f"layer-{i}.npz"
         named = {
@@ -167,14 +185,14 @@ def _run(source: Source, tokens: Tokens, folder: Path, seed: int, weighted: bool
     yield 2 * c.n_layers + 1
 
 
-def _identity(source: Source, tokens: Tokens, seed: int, weighted: bool) -> str:
+def _identity(source: Source, tokens: Tokens, options: tuple[int, bool, int]) -> str:
     """16 hexadecimal digits that change with whatever the statistics depend on.
 
     Of the weights, all norms and the last block's matrices are looked at: training moves them all.
     """
     c = source.config
     digest = hashlib.sha256()
-    facts = (RECIPE_VERSION, source.name, c.to_json(), tokens.shape, seed, weighted)
+    facts = (RECIPE_VERSION, source.name, c.to_json(), tokens.shape, *options)
     digest.update(repr(facts).encode())
     digest.update(np.ascontiguousarray(tokens, np.int64).data)
     last = f"model.layers.{c.n_layers - 1}."

@@ -27,6 +27,7 @@ from weights.sources import Source
 
 # Attention scores that are looked at together; they and their gradients take some four arrays.
 _SCORES = 1 << 22
+_FEW = 64  # tokens below which the transposed product was measured to be the faster one, by 1.3
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def activate(
     batch = k_cache.shape[1] // c.n_kv_heads
     n = len(x) // batch
     xn = rms_norm(x, layer.input_norm, c.norm_eps)
-    q, k, v = _split_heads(c, matvec(layer.qkv_proj, xn), n, batch)
+    q, k, v = _split_heads(c, product(layer.qkv_proj, xn), n, batch)
     q, k = rope(q, pos, c.rope_theta), rope(k, pos, c.rope_theta)
     cache_write(k_cache, v_cache, k, v, pos)
 
@@ -104,16 +105,21 @@ def activate(
         mixed = attention(q[:, heads], k_cache[:, kv_heads], v_cache[:, kv_heads], pos)
         attn[:, heads] = mixed.reshape(n, -1, c.head_dim)
     attn = attn.reshape(len(x), c.q_dim)
-    x_mid = x + matvec(layer.o_proj, attn)
+    x_mid = x + product(layer.o_proj, attn)
 
     xn_mid = rms_norm(x_mid, layer.post_norm, c.norm_eps)
-    gate_up = matvec(layer.gate_up_proj, xn_mid)
+    gate_up = product(layer.gate_up_proj, xn_mid)
     return Activations(x, xn, q, k, v, attn, x_mid, xn_mid, gate_up, swiglu(gate_up))
 
 
 def output(layer: Layer, a: Activations) -> Floats:
     """The block's output, (tokens, dim)."""
-    return a.x_mid + matvec(layer.down_proj, a.hidden)
+    return a.x_mid + product(layer.down_proj, a.hidden)
+
+
+def product(w: Floats, x: Floats) -> Floats:
+    """(rows, cols), (tokens, cols) -> (tokens, rows): `matvec`, quick for few tokens as well."""
+    return (w @ x.T).T if len(x) < _FEW else matvec(w, x)
 
 
 def forward(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Floats:

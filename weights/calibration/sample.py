@@ -18,8 +18,8 @@ from threadpoolctl import threadpool_limits
 from engine.errors import EngineError
 from engine.tokenizer import Tokenizer
 from model.config import ModelConfig
-from model.reference import Floats, Integers, embed, matvec, rms_norm
-from weights.calibration.layer import Layer, activate, output
+from model.reference import Floats, Integers, embed, rms_norm
+from weights.calibration.layer import Layer, activate, output, product
 from weights.layout import EMBEDDING, HEAD
 from weights.parallel import in_order
 from weights.sources import Source
@@ -60,26 +60,25 @@ def sample_tokens(
         (slice(begin, end), BatchedLlama(c, weights, end - begin, length))
         for begin, end in pairwise(bounds)
     ]
+    uniform = rng.random((length, n_sequences))
+
+    def following(group: tuple[slice, BatchedLlama]) -> Tokens:
+        texts, model = group
+        logits = model.step(tokens[texts, model.pos])
+        logits /= temperature
+        return draw(softmax(logits), uniform[model.pos, texts])
+
     # A thread works on its own texts: products that are threaded too would wait for cores.
     with threadpool_limits(1, "blas"):
         for pos in range(length):
             if pos > 0:
-                uniform = rng.random(n_sequences)
-
-                def following(
-                    group: tuple[slice, BatchedLlama], pos: int = pos, uniform: Floats = uniform
-                ) -> Tokens:
-                    texts, model = group
-                    logits = model.step(tokens[texts, pos - 1])
-                    logits /= temperature
-                    return draw(softmax(logits), uniform[texts])
-
                 tokens[:, pos] = np.concatenate(list(in_order(following, groups)))
             for i, opening in enumerate(forced):
                 if opening:
                     tokens[i, pos] = opening.pop(0)
                 elif tokens[i, pos] in c.eos_token_ids and not is_chat[i]:
-                    opening += document
+                    # Where end of text is what separates, it has been said.
+                    opening += [token for token in document if token != tokens[i, pos]]
             if progress is not None:
                 progress(pos + 1, length)
     return tokens
@@ -133,7 +132,7 @@ class BatchedLlama:
     def __init__(self, config: ModelConfig, weights: DenseLlama, batch: int, length: int) -> None:
         self._config = config
         self._weights = weights
-        self._pos = 0
+        self.pos = 0  # tokens of each text that it has read
         shape = (config.n_layers, length, batch * config.n_kv_heads, config.head_dim)
         self._k_cache = np.empty(shape, weights.norm.dtype)
         self._v_cache = np.empty(shape, weights.norm.dtype)
@@ -143,9 +142,9 @@ class BatchedLlama:
         c, w = self._config, self._weights
         x = embed(w.embedding, token_ids)
         for layer, k_cache, v_cache in zip(w.layers, self._k_cache, self._v_cache, strict=True):
-            x = output(layer, activate(c, layer, x, k_cache, v_cache, self._pos))
-        self._pos += 1
-        return matvec(w.head, rms_norm(x, w.norm, c.norm_eps))
+            x = output(layer, activate(c, layer, x, k_cache, v_cache, self.pos))
+        self.pos += 1
+        return product(w.head, rms_norm(x, w.norm, c.norm_eps))
 
 
 def softmax(logits: Floats) -> Floats:

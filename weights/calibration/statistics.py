@@ -14,8 +14,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from model.config import ModelConfig
 from model.reference import Floats, matvec, rms_norm
@@ -31,13 +34,14 @@ _THREADS = 4  # each with a chunk and its Hessians
 
 @dataclass(frozen=True)
 class MatrixStatistics:
-    """Of one matrix y = W x, (rows, cols), over the tokens t of the calibration text."""
+    """Of one matrix y = W x, (rows, cols), over the tokens t of the calibration text.
+
+    The weighted Hessian is there if it was asked for: sum w x x^T / sum w with w = |dL/dy|^2.
+    """
 
     hessian: Floats  # (cols, cols): mean of x x^T
     gradient: Floats  # (rows,): root mean square of dL/dy
-    weighted_hessian: (
-        Floats | None
-    )  # (cols, cols): sum w x x^T / sum w, w = |dL/dy|^2; if asked for
+    weighted_hessian: Floats | None  # (cols, cols)
     mean_input: Floats  # (cols,): mean of x
 
 
@@ -54,7 +58,7 @@ def forward_layer(c: ModelConfig, layer: Layer, x: Floats) -> Floats:
 
 
 def head_statistics(
-    c: ModelConfig, norm: Floats, head: Floats, x: Floats, uniform: Floats, weighted: bool
+    c: ModelConfig, norm: Floats, head: Floats, x: Floats, uniform: Floats, weighted: bool = False
 ) -> tuple[MatrixStatistics, Floats]:
     """The last residual (length, n_windows, dim) -> statistics of the head, dL/dx.
 
@@ -63,108 +67,118 @@ def head_statistics(
     """
     dx = np.empty(x.shape, x.dtype)
     flat_x, flat_dx, flat_uniform = _tokens(x), _tokens(dx), uniform.reshape(-1)
-    moments = _Moments(head, weighted)
 
-    def work(part: slice) -> _Moments:
-        moments = _Moments(head, weighted)
+    def work(part: slice) -> _Sums:
         xn = rms_norm(flat_x[part], norm, c.norm_eps)
         p = softmax(matvec(head, xn))
         labels = draw(p, flat_uniform[part])
         spread = p * (1 - p)
-        moments.add(xn, spread.sum(axis=0), spread.sum(axis=1))
+        sums = _Sums.of(xn, spread.sum(axis=0), spread.sum(axis=1), len(xn), weighted)
         del spread
         p[np.arange(len(p)), labels] -= 1  # softmax and cross entropy: dL/dlogits = p - onehot
         flat_dx[part] = rms_norm_backward(flat_x[part], norm, c.norm_eps, p @ head)
-        return moments
+        return sums
 
     step = max(1, _LOGITS // len(head))
     parts = [slice(begin, begin + step) for begin in range(0, len(flat_x), step)]
-    for part_moments in in_order(work, parts, _THREADS):
-        moments.merge(part_moments)
-    return moments.statistics(), dx
+    return reduce(_Sums.merge, in_order(work, parts, _THREADS)).statistics(), dx
 
 
 def layer_statistics(
-    c: ModelConfig, layer: Layer, x: Floats, dy: Floats, weighted: bool
+    c: ModelConfig,
+    layer: Layer,
+    x: Floats,
+    dy: Floats,
+    weighted: bool = False,
+    gradient_from: int = 0,
 ) -> tuple[dict[str, MatrixStatistics], Floats]:
     """A block's input and dL/d(its output), (length, n_windows, dim) -> statistics, dL/dx.
 
-    The statistics are by the name of the `Layer`'s matrix.
+    The statistics are by the name of the `Layer`'s matrix. `gradient` counts the positions from
+    `gradient_from` on.
     """
     dx = np.empty(x.shape, x.dtype)
 
-    def fresh() -> dict[str, _Moments]:
-        names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-        return {name: _Moments(getattr(layer, name), weighted) for name in names}
-
-    def work(windows: slice) -> dict[str, _Moments]:
-        moments = fresh()
+    def work(windows: slice) -> dict[str, _Sums]:
         part, d_part = np.ascontiguousarray(x[:, windows]), np.ascontiguousarray(dy[:, windows])
         a = recompute(c, layer, _tokens(part), part.shape[1])
         d = backward(c, layer, a, _tokens(d_part))
         dx[:, windows] = d.x.reshape(part.shape)
-        moments["qkv_proj"].add_products(a.xn, d.qkv_proj)
-        moments["o_proj"].add_products(a.attn, d.o_proj)
-        moments["gate_up_proj"].add_products(a.xn_mid, d.gate_up_proj)
-        moments["down_proj"].add_products(a.hidden, d.down_proj)
-        return moments
+        first = gradient_from * part.shape[1]
+        return {
+            "qkv_proj": _Sums.of_products(a.xn, d.qkv_proj, first, weighted),
+            "o_proj": _Sums.of_products(a.attn, d.o_proj, first, weighted),
+            "gate_up_proj": _Sums.of_products(a.xn_mid, d.gate_up_proj, first, weighted),
+            "down_proj": _Sums.of_products(a.hidden, d.down_proj, first, weighted),
+        }
 
-    moments = fresh()
-    for part in in_order(work, _chunks(x), _THREADS):
-        for name, part_moments in part.items():
-            moments[name].merge(part_moments)
-    return {name: m.statistics() for name, m in moments.items()}, dx
+    def merge(one: dict[str, _Sums], other: dict[str, _Sums]) -> dict[str, _Sums]:
+        return {name: one[name].merge(other[name]) for name in one}
+
+    sums = reduce(merge, in_order(work, _chunks(x), _THREADS))
+    return {name: of_matrix.statistics() for name, of_matrix in sums.items()}, dx
 
 
-class _Moments:
-    """Sums over tokens, from which one matrix's statistics follow.
+@dataclass
+class _Sums:
+    """Over tokens, what one matrix's statistics follow from.
 
     Hessians in the type of the activations: they will be damped by 1e-3 of their diagonal, against
     which the rounding of float32 sums over chunks, 1e-6 or so, is nothing.
     """
 
-    def __init__(self, w: Floats, weighted: bool) -> None:
-        rows, cols = w.shape
-        self._n = 0
-        self._xx = np.zeros((cols, cols), w.dtype)
-        self._x = np.zeros(cols, np.float64)
-        self._energy = np.zeros(rows, np.float64)
-        self._weighted_xx = np.zeros((cols, cols), w.dtype) if weighted else None
+    n: int
+    xx: Floats  # (cols, cols)
+    x: npt.NDArray[np.float64]  # (cols,)
+    n_energy: int  # tokens whose gradient counts
+    energy: npt.NDArray[np.float64]  # (rows,): of (dL/dy)^2
+    weight: float
+    weighted_xx: Floats | None  # (cols, cols)
 
-    def add_products(self, x: Floats, dy: Floats) -> None:
-        """Tokens' x (tokens, cols) and dL/dy (tokens, rows)."""
-        rows_energy = np.einsum("tr,tr->r", dy, dy)
-        self.add(x, rows_energy, np.einsum("tr,tr->t", dy, dy))
+    @classmethod
+    def of_products(cls, x: Floats, dy: Floats, first: int, weighted: bool) -> Self:
+        """x (tokens, cols) and dL/dy (tokens, rows); `energy` is of the tokens from `first` on."""
+        counted = dy[first:]
+        rows_energy = np.einsum("tr,tr->r", counted, counted)
+        return cls.of(x, rows_energy, np.einsum("tr,tr->t", dy, dy), len(counted), weighted)
 
-    def add(self, x: Floats, rows_energy: Floats, tokens_energy: Floats) -> None:
-        """As `add_products`, dL/dy squared and summed over the tokens and over the rows."""
-        self._n += len(x)
-        self._xx += x.T @ x
-        self._x += x.sum(axis=0)
-        self._energy += rows_energy
-        if self._weighted_xx is not None:
-            scaled = x * np.sqrt(tokens_energy)[:, None]
-            self._weighted_xx += scaled.T @ scaled
+    @classmethod
+    def of(
+        cls, x: Floats, rows_energy: Floats, tokens_energy: Floats, n_energy: int, weighted: bool
+    ) -> Self:
+        """x (tokens, cols), squared gradients summed over tokens (rows,) and rows (tokens,)."""
+        scaled = x * np.sqrt(tokens_energy)[:, None] if weighted else None
+        return cls(
+            n=len(x),
+            xx=x.T @ x,
+            x=x.sum(axis=0, dtype=np.float64),
+            n_energy=n_energy,
+            energy=rows_energy.astype(np.float64),
+            weight=float(tokens_energy.sum()),
+            weighted_xx=None if scaled is None else scaled.T @ scaled,
+        )
 
-    def merge(self, other: _Moments) -> None:
-        self._n += other._n
-        self._xx += other._xx
-        self._x += other._x
-        self._energy += other._energy
-        if self._weighted_xx is not None and other._weighted_xx is not None:
-            self._weighted_xx += other._weighted_xx
+    def merge(self, other: _Sums) -> Self:
+        """Adds the other's to these, in place."""
+        self.n += other.n
+        self.xx += other.xx
+        self.x += other.x
+        self.n_energy += other.n_energy
+        self.energy += other.energy
+        self.weight += other.weight
+        if self.weighted_xx is not None and other.weighted_xx is not None:
+            self.weighted_xx += other.weighted_xx
+        return self
 
     def statistics(self) -> MatrixStatistics:
-        dtype = self._xx.dtype
-        total = self._energy.sum()
-        if self._weighted_xx is not None:
-            self._weighted_xx /= dtype.type(total)
-        self._xx /= dtype.type(self._n)
+        dtype = self.xx.dtype
         return MatrixStatistics(
-            hessian=self._xx,
-            gradient=np.sqrt(self._energy / self._n).astype(dtype),
-            weighted_hessian=self._weighted_xx,
-            mean_input=(self._x / self._n).astype(dtype),
+            hessian=self.xx / dtype.type(self.n),
+            gradient=np.sqrt(self.energy / self.n_energy).astype(dtype),
+            weighted_hessian=None
+            if self.weighted_xx is None
+            else self.weighted_xx / dtype.type(self.weight),
+            mean_input=(self.x / self.n).astype(dtype),
         )
 
 
