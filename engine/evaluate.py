@@ -156,9 +156,11 @@ def _evaluate(a: argparse.Namespace, text: str) -> list[Row]:
     task = bar.add_task("tokens read", total=n_readers * len(token_ids))
     windows_done = 0
 
-    def counted(logits: Logits) -> Logits:
+    def counted(name: str, logits: Logits) -> Logits:
         def read(ids: Sequence[int]) -> np.ndarray:
             rows = logits(ids)
+            if not np.isfinite(rows).all():
+                raise EngineError(f"{name}: computes logits that are no finite numbers")
             bar.advance(task, len(ids))
             return rows
 
@@ -172,11 +174,16 @@ def _evaluate(a: argparse.Namespace, text: str) -> list[Row]:
         print(f"{done} of {len(token_ids)} tokens, KL so far {so_far}", file=sys.stderr)
 
     models = [
-        Model(counted(engine.logits), a.exact, counted(twins[i].logits) if twins else None)
-        for i, engine in enumerate(engines)
+        Model(
+            counted(model, engine.logits),
+            a.exact,
+            counted(model, twins[i].logits) if twins else None,
+        )
+        for i, ((model, _), engine) in enumerate(zip(asked, engines, strict=True))
     ]
     with bar:
-        verdicts = compare(models, counted(reference.logits), token_ids, a.window, report)
+        theirs = counted(a.reference, reference.logits)
+        verdicts = compare(models, theirs, token_ids, a.window, report)
     return [
         Row(
             model=model,
@@ -246,7 +253,8 @@ def _plot(path: Path, rows: Sequence[Row]) -> None:
     sources = sorted({row.source for row in rows})
     title = (
         f"{', '.join(sources)} on {Path(first.text).name}, "
-        f"{first.against_reference.tokens} tokens in windows of {first.window}"
+        f"{first.against_reference.tokens} tokens in windows of {first.window}, "
+        f"{first.activations} activations"
     )
     # Others measured the same model against its unquantized self.
     comparable = sources == [first.reference] == [DEFAULT_MODEL]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MultipleLocator
+from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
 
 from weights.container import replacing
 
@@ -19,7 +19,7 @@ from weights.container import replacing
 class Point:
     label: str
     bits: float  # stored per weight of the block matrices
-    kl: float  # mean KL(unquantized || model) in nats
+    kl: float  # mean KL(reference || model) in nats
     error: float = 0.0  # standard error of kl
 
 
@@ -53,22 +53,24 @@ def draw(
     for i, curve in enumerate(curves):
         points = sorted((point for point in curve if point.kl > 0), key=lambda point: point.bits)
         bits, kl, errors = [[getattr(p, k) for p in points] for k in ("bits", "kl", "error")]
-        label = "answer, this run" if i == 0 else None
-        axes.errorbar(bits, kl, errors, fmt="o-", color=_OURS, label=label, capsize=3, zorder=3)
+        name = "answer, this run, with standard errors" if i == 0 else None
+        axes.errorbar(bits, kl, errors, fmt="o-", color=_OURS, label=name, capsize=3, zorder=3)
         _label(axes, points, _OURS, (-6, -6), "right")
     if published:
         bits, kl = [p.bits for p in published], [p.kl for p in published]
-        label = "llama.cpp, measured on another English text"
-        axes.plot(bits, kl, "D", color=_OTHERS, markersize=5, label=label)
+        name = "llama.cpp, measured on another English text"
+        axes.errorbar(bits, kl, fmt="D", color=_OTHERS, markersize=5, label=name)
         _label(axes, published, _OTHERS, (6, 4), "left")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MultipleLocator(0.5))
+    axes.margins(x=0.08, y=0.08)
     axes.set_xlabel("stored bits per weight of the block matrices")
-    axes.set_ylabel("mean KL(unquantized || model), nats per token")
+    axes.set_ylabel("mean KL(reference || model), nats per token")
     axes.set_title(title)
     axes.grid(which="major", color="#cbd5e1", linewidth=0.8)
-    axes.grid(which="minor", color="#e2e8f0", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

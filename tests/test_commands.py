@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
@@ -314,7 +315,11 @@ def test_evaluate_draws(
     rows = evaluated(capsys, [model, coarse], *against, "--plot", picture)
     drawn = picture.read_text("utf-8")
     # Matplotlib notes each text beside the curves that it becomes.
-    for words in ("model", "coarse", "model on text.txt, 50 tokens in windows of 24"):
+    for words in (
+        "model",
+        "coarse",
+        "model on text.txt, 50 tokens in windows of 24, int8 activations",
+    ):
         assert f"<!-- {words} -->" in drawn
     assert "Q4_0" not in drawn  # of another model
     # Equals differ by nothing, which a logarithmic axis has no place for.
@@ -384,6 +389,19 @@ def test_evaluate_says_what_is_wrong_in_one_line(
     # Before anything is converted, which would be said.
     assert evaluate.main([str(folder), "nowhere", *command[1:], model, "--bits", "5"]) == 1
     assert "nowhere: no such file" in error_line(capsys.readouterr())
+
+
+@pytest.mark.gpu
+def test_evaluate_trusts_no_logits_that_are_not_finite(
+    model: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def logits(self: Engine, token_ids: Sequence[int]) -> Any:
+        return np.where(np.arange(97) == 96, np.nan, np.zeros((len(token_ids), 1)))
+
+    monkeypatch.setattr(Engine, "logits", logits)
+    command = [model, "--reference", model, "--text", text, "--tokens", "9", "--window", "9"]
+    assert evaluate.main(command) == 1
+    assert f"{model}: computes logits that are no finite" in error_line(capsys.readouterr())
 
 
 def test_plot_without_matplotlib_is_one_clear_line(
