@@ -18,6 +18,11 @@ Logits = Callable[[Sequence[int]], npt.NDArray[Any]]  # token ids (n,) -> (n, vo
 
 _ROWS = 4  # compared at a time: in float64 they still fit the processor's cache
 
+# Tokens that stand for one observation in the standard error, for neighbours are alike. On a book,
+# a model of 5 bits: 0.0008 if tokens were independent, 0.0012 with stretches of 32, 0.0016 with
+# 128, 0.0017 with 256, 0.0014 with 512, of which there are too few.
+_STRETCH = 128
+
 
 @dataclass(frozen=True)
 class Model:
@@ -36,7 +41,7 @@ class Comparison:
     perplexity: float
     reference_perplexity: float
     kl_mean: float
-    kl_standard_error: float | None  # of kl_mean, over the windows; None: there is only one
+    kl_standard_error: float | None  # of kl_mean; None: the text is too short to tell
     kl_p99: float  # 99th percentile over the positions
     top1_agreement: float  # share of the positions at which both have the same best token
 
@@ -117,13 +122,18 @@ class Tally:
 
     def result(self) -> Comparison:
         kl = np.concatenate(self._kl)
+        stretches = [
+            part
+            for window in self._kl
+            for part in np.split(window, range(_STRETCH, len(window), _STRETCH))
+        ]
         of_reference, of_model = np.exp(np.concatenate(self._nll, axis=1).mean(axis=1))
         return Comparison(
             tokens=kl.size,
             perplexity=float(of_model),
             reference_perplexity=float(of_reference),
             kl_mean=self.kl_mean,
-            kl_standard_error=standard_error(self._kl),
+            kl_standard_error=standard_error(stretches),
             kl_p99=float(np.percentile(kl, 99)),
             top1_agreement=float(np.concatenate(self._agree).mean()),
         )

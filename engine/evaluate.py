@@ -6,7 +6,7 @@
 The reference is another weights file, run by the engine in exact mode, or a model before its
 conversion, run in float32 by the numpy oracle. The text is cut into windows that do not see each
 other; all models read a window before any reads the next. KL is the mean over tokens of
-KL(reference || model), in nats, with its standard error over windows.
+KL(reference || model), in nats; its standard error takes neighbouring tokens for dependent.
 """
 
 from __future__ import annotations
@@ -145,45 +145,27 @@ def _evaluate(a: argparse.Namespace, text: str) -> list[Row]:
     options = {"context": a.window, "adapter": a.adapter}
     engines = [Engine.open(model, exact=a.exact, bits=bits, **options) for model, bits in asked]
     for (model, _), engine in zip(asked, engines, strict=True):
-        _check_same_tokens(model, engine, a, reference.config.vocab_size, text, token_ids)
+        if complaint := _difference(engine, reference.config.vocab_size, text, token_ids):
+            raise EngineError(
+                f"{a.reference}: {complaint} the model {model}; give a reference of the same model"
+            )
     twins = [
         Engine.open(model, exact=not a.exact, bits=bits, **options)
         for model, bits in (asked if a.activations else [])
     ]
 
-    bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
-    n_readers = 1 + len(engines) + len(twins)
-    task = bar.add_task("tokens read", total=n_readers * len(token_ids))
-    windows_done = 0
-
-    def counted(name: str, logits: Logits) -> Logits:
-        def read(ids: Sequence[int]) -> np.ndarray:
-            rows = logits(ids)
-            if not np.isfinite(rows).all():
-                raise EngineError(f"{name}: computes logits that are no finite numbers")
-            bar.advance(task, len(ids))
-            return rows
-
-        return read
-
-    def report(kl: Sequence[float]) -> None:
-        nonlocal windows_done
-        windows_done += 1
-        done = min(windows_done * a.window, len(token_ids))
-        so_far = " ".join(f"{mean:.4g}" for mean in kl)
-        print(f"{done} of {len(token_ids)} tokens, KL so far {so_far}", file=sys.stderr)
-
+    shown = _Shown(1 + len(engines) + len(twins), len(token_ids), a.window)
     models = [
         Model(
-            counted(model, engine.logits),
+            shown.counted(model, engine.logits),
             a.exact,
-            counted(model, twins[i].logits) if twins else None,
+            shown.counted(model, twins[i].logits) if twins else None,
         )
         for i, ((model, _), engine) in enumerate(zip(asked, engines, strict=True))
     ]
-    with bar:
-        theirs = counted(a.reference, reference.logits)
-        verdicts = compare(models, theirs, token_ids, a.window, report)
+    theirs = shown.counted(a.reference, reference.logits)
+    with shown.bar:
+        verdicts = compare(models, theirs, token_ids, a.window, shown.report)
     return [
         Row(
             model=model,
@@ -203,6 +185,34 @@ def _evaluate(a: argparse.Namespace, text: str) -> list[Row]:
     ]
 
 
+class _Shown:
+    """Progress on stderr: a line after each window, on a terminal also a bar."""
+
+    def __init__(self, n_models: int, n_tokens: int, window: int) -> None:
+        self._n_tokens, self._window = n_tokens, window
+        self._windows_done = 0
+        self.bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self._task = self.bar.add_task("tokens read", total=n_models * n_tokens)
+
+    def counted(self, name: str, logits: Logits) -> Logits:
+        """The same with progress; EngineError when a model computes what cannot be compared."""
+
+        def read(ids: Sequence[int]) -> np.ndarray:
+            rows = logits(ids)
+            if not np.isfinite(rows).all():
+                raise EngineError(f"{name}: computes logits that are no finite numbers")
+            self.bar.advance(self._task, len(ids))
+            return rows
+
+        return read
+
+    def report(self, kl: Sequence[float]) -> None:
+        self._windows_done += 1
+        done = min(self._windows_done * self._window, self._n_tokens)
+        so_far = " ".join(f"{mean:.4g}" for mean in kl)
+        print(f"{done} of {self._n_tokens} tokens, KL so far {so_far}", file=sys.stderr)
+
+
 def _reference(spec: str, window: int, adapter: str | None) -> tuple[Engine | Reference, Tokenizer]:
     """A weights file or a source model, ready to run; EngineError when a window is too long."""
     if is_weights_file(spec):
@@ -218,25 +228,14 @@ def _reference(spec: str, window: int, adapter: str | None) -> tuple[Engine | Re
     return Reference.from_source(source, cache_dtype=np.float32), tokenizer
 
 
-def _check_same_tokens(
-    model: str,
-    engine: Engine,
-    a: argparse.Namespace,
-    vocab_size: int,
-    text: str,
-    token_ids: Sequence[int],
-) -> None:
-    """EngineError when what is judged and what it is judged by cannot be the same model."""
-    other = "give a reference of the same model"
-    if engine.config.vocab_size != vocab_size:
-        raise EngineError(
-            f"{a.reference}: has a vocabulary of {vocab_size}, the model {model} one of "
-            f"{engine.config.vocab_size}; {other}"
-        )
+def _difference(engine: Engine, vocab_size: int, text: str, token_ids: Sequence[int]) -> str:
+    """In what the reference cannot be the same model, to be followed by its name; or nothing."""
+    own = engine.config.vocab_size
+    if own != vocab_size:
+        return f"has a vocabulary of {vocab_size}, not of {own} as"
     if engine.tokenizer.encode(text)[: len(token_ids)] != token_ids:
-        raise EngineError(
-            f"{a.reference}: cuts {a.text} into other tokens than the model {model}; {other}"
-        )
+        return "cuts the text into other tokens than"
+    return ""
 
 
 def _plot(path: Path, rows: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from engine.compare import Comparison, Logits, Model, compare, standard_error
+from engine.compare import Comparison, Logits, Model, compare, log_softmax, standard_error
 
 
 def log(*probabilities: float) -> npt.NDArray[np.float32]:
@@ -143,7 +143,18 @@ def test_small_divergences_are_exact() -> None:
     assert result.kl_mean == pytest.approx(e**2 * variance / 2, rel=10 * e)
 
 
-def test_standard_error_of_windows() -> None:
+def test_standard_error_takes_stretches_of_a_window_for_observations() -> None:
+    rng = np.random.default_rng(3)
+    tables = rng.normal(size=(2, 300, 5))
+    p, q = log_softmax(tables)
+    kl = (np.exp(p) * (p - q)).sum(axis=-1)
+    ids = [0] * 500  # the second window has 200 tokens
+    result = judged(lambda ids: tables[1, : len(ids)], lambda ids: tables[0, : len(ids)], ids, 300)
+    parts = [kl[:128], kl[128:256], kl[256:], kl[:128], kl[128:200]]
+    assert result.kl_standard_error == pytest.approx(standard_error(parts))
+
+
+def test_standard_error() -> None:
     rng = np.random.default_rng(3)
     # Of clusters of one element: s / sqrt(n).
     x = rng.normal(size=19)
