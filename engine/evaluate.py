@@ -1,117 +1,117 @@
-"""How much of a model's quality a weights file keeps, measured on a text against a reference.
+"""How much of a model's quality weights files keep, measured on a text against a reference.
 
-    python -m engine.evaluate smollm2 --bits 4 --reference smollm2 --text book.txt --tokens 8192
+    python -m engine.evaluate smollm2 --bits 3,4,5 --reference smollm2 --text book.txt
+    python -m engine.evaluate a.safetensors b.safetensors --reference smollm2 --text book.txt
 
 The reference is another weights file, run by the engine in exact mode, or a model before its
 conversion, run in float32 by the numpy oracle. The text is cut into windows that do not see each
-other. KL is the mean over tokens of KL(reference || model), in nats.
+other; all models read a window before any reads the next. KL is the mean over tokens of
+KL(reference || model), in nats; its standard error takes neighbouring tokens for dependent.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
 
+from engine.compare import Logits, Model, compare
 from engine.errors import EngineError
 from engine.generate import Engine
+from engine.report import Row, as_json, as_markdown
+from engine.tokenizer import Tokenizer
 from model.reference import Reference
+from weights.cache import DEFAULT_MODEL, is_weights_file, resolve
+from weights.convert import MAX_BITS, MIN_BITS
 from weights.sources import open_source
 
-Logits = Callable[[Sequence[int]], npt.NDArray[Any]]  # token ids (n,) -> (n, vocab_size)
-
-_ROWS = 64  # compared at a time: in float64 the logits of a whole window would be large
+_PLOT_SUFFIXES = (".png", ".svg")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    tokens: int  # positions that were compared
-    perplexity: float
-    reference_perplexity: float
-    kl_mean: float
-    kl_p99: float  # 99th percentile over the positions
-    top1_agreement: float  # share of the positions at which both have the same best token
+def main(arguments: Sequence[str] | None = None) -> int:
+    a = _parse(arguments)
+    try:
+        if a.plot is not None:
+            _check_plot(a.plot)
+        text = _read_text(a.text)
+        _check_models(a.models, a.bits)
+        rows = _evaluate(a, text)
+        print("\n".join(map(as_json, rows)) if a.json else as_markdown(rows))
+        if a.plot is not None:
+            _plot(a.plot, rows)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
-def compare(
-    model: Logits,
-    reference: Logits,
-    token_ids: Sequence[int],
-    window: int,
-    progress: bool = False,
-) -> Comparison:
-    """Both models on a text of at least 2 tokens, in windows of at least 2."""
-    kl, agree, nll_model, nll_reference = [], [], [], []
-    for end, ids in _windows(token_ids, window):
-        ours, theirs = model(ids), reference(ids)
-        for begin in range(0, len(ids), _ROWS):
-            part = slice(begin, begin + _ROWS)
-            p, q = log_softmax(theirs[part]), log_softmax(ours[part])
-            kl.append((np.exp(p) * (p - q)).sum(axis=-1))
-            agree.append(p.argmax(axis=-1) == q.argmax(axis=-1))
-            following = ids[begin + 1 : begin + _ROWS + 1]  # the window's last token has none
-            rows = np.arange(len(following))
-            nll_model.append(-q[rows, following])
-            nll_reference.append(-p[rows, following])
-        if progress:
-            so_far = f"{end} of {len(token_ids)} tokens, KL {np.concatenate(kl).mean():.4f}"
-            print(f"\r{so_far}", end="", file=sys.stderr, flush=True)
-    if progress:
-        print(file=sys.stderr)
-    all_kl = np.concatenate(kl)
-    return Comparison(
-        tokens=all_kl.size,
-        perplexity=float(np.exp(np.concatenate(nll_model).mean())),
-        reference_perplexity=float(np.exp(np.concatenate(nll_reference).mean())),
-        kl_mean=float(all_kl.mean()),
-        kl_p99=float(np.percentile(all_kl, 99)),
-        top1_agreement=float(np.concatenate(agree).mean()),
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="weights file or name of a model")
+    add("--reference", required=True, metavar="MODEL", help="weights file or unconverted model")
+    add("--text", required=True, metavar="FILE", help="a text in UTF-8")
+    add("--tokens", type=int, default=8192, metavar="N", help="how much of it (%(default)s)")
+    add("--window", type=int, default=1024, metavar="N", help="tokens at once (%(default)s)")
+    add(
+        "--bits",
+        type=_rates,
+        default=[],
+        metavar="B,B,...",
+        help="stored bits per weight: the model is converted to each of them",
+    )
+    add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
+    add("--exact", action="store_true", help="float32 activations instead of int8 ones")
+    add(
+        "--activations",
+        action="store_true",
+        help="also KL(exact || int8) of each file: what its int8 activations alone cost",
+    )
+    add("--json", action="store_true", help="one line of JSON per model instead of a table")
+    add("--plot", type=Path, metavar="FILE", help="draw KL against bits into a .png or .svg")
+    a = parser.parse_args(arguments)
+    if min(a.tokens, a.window) < 2:
+        parser.error("--tokens and --window take 2 or more")
+    return a
 
 
-def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Along the last axis; in float64, because differences of close distributions are looked at."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
+def _rates(text: str) -> list[float]:
+    """`2,2.5,3`"""
+    rates = [float(rate) for rate in text.split(",")]  # argparse reports a ValueError
+    if not all(MIN_BITS <= rate <= MAX_BITS for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text}: expected {MIN_BITS:g} to {MAX_BITS:g} each")
+    return rates
 
 
-def _windows(token_ids: Sequence[int], window: int) -> Iterator[tuple[int, list[int]]]:
-    """(where it ends, its tokens); a last window of one token predicts nothing and is left out."""
-    for begin in range(0, len(token_ids) - 1, window):
-        ids = list(token_ids[begin : begin + window])
-        yield begin + len(ids), ids
-
-
-def _reference(spec: str, vocab_size: int, window: int, adapter: str | None) -> Logits:
-    """Logits of a weights file or a source model; EngineError when it cannot be the same model."""
-    path = Path(spec)
-    runner: Engine | Reference
-    if path.is_file() and path.suffix != ".gguf":
-        runner = Engine.open(path, exact=True, context=window, adapter=adapter)
-    else:
-        # No float16 cache: its rounding is the engine's and none of the model's.
-        runner = Reference.from_source(open_source(spec), cache_dtype=np.float32)
-    config = runner.config
-    if config.vocab_size != vocab_size:
+def _check_plot(path: Path) -> None:
+    """Now rather than after hours of work; EngineError says why nothing could be drawn."""
+    try:
+        import engine.plot  # noqa: F401
+    except ImportError as error:
         raise EngineError(
-            f"{spec}: has a vocabulary of {config.vocab_size}, the model one of {vocab_size}; "
-            "give a reference of the same model"
-        )
-    if config.max_seq_len < window:
-        raise EngineError(
-            f"{spec}: works with 1 to {config.max_seq_len} positions, --window is {window}"
-        )
-    return runner.logits
+            f"--plot needs matplotlib ({error}); install it with: pip install 'answer-llm[plot]'"
+        ) from None
+    if path.suffix not in _PLOT_SUFFIXES:
+        raise EngineError(f"{path}: expected a name that ends in {' or '.join(_PLOT_SUFFIXES)}")
+    if path.is_dir():
+        raise EngineError(f"{path}: cannot be written: it is a directory")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _read_text(path: str) -> str:
@@ -123,53 +123,141 @@ def _read_text(path: str) -> str:
         raise EngineError(f"{path}: expected a text in UTF-8: {error}") from None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("model", help="weights file or name of a model")
-    add("--reference", required=True, metavar="MODEL", help="weights file or unconverted model")
-    add("--text", required=True, metavar="FILE", help="a text in UTF-8")
-    add("--tokens", type=int, default=8192, metavar="N", help="how much of it (%(default)s)")
-    add("--window", type=int, default=1024, metavar="N", help="tokens at once (%(default)s)")
-    add("--bits", type=float, help="stored bits per weight, when the model is converted")
-    add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
-    add("--exact", action="store_true", help="float32 activations instead of int8 ones")
-    add("--json", action="store_true", help="print one line of JSON instead of a table")
-    a = parser.parse_args(arguments)
-    if min(a.tokens, a.window) < 2:
-        parser.error("--tokens and --window take 2 or more")
-    try:
-        text = _read_text(a.text)
-        engine = Engine.open(
-            a.model, exact=a.exact, context=a.window, adapter=a.adapter, bits=a.bits
+def _check_models(models: Sequence[str], bits: Sequence[float]) -> None:
+    """Before the first is converted: every one is there, and none has bits that it cannot have."""
+    for model in models:
+        if not is_weights_file(model):
+            open_source(model)
+        elif bits:
+            resolve(model, bits[0])  # says that they are fixed
+
+
+def _evaluate(a: argparse.Namespace, text: str) -> list[Row]:
+    reference, tokenizer = _reference(a.reference, a.window, a.adapter)
+    token_ids = tokenizer.encode(text)[: a.tokens]
+    if len(token_ids) < 2:
+        raise EngineError(f"{a.text}: makes {len(token_ids)} tokens, expected 2 or more")
+    if len(token_ids) < a.tokens:
+        short = f"{a.text}: makes {len(token_ids)} tokens, not {a.tokens}: all of them are used"
+        print(short, file=sys.stderr)
+
+    asked = [(model, bits) for model in a.models for bits in a.bits or [None]]
+    options = {"context": a.window, "adapter": a.adapter}
+    engines = [Engine.open(model, exact=a.exact, bits=bits, **options) for model, bits in asked]
+    for (model, _), engine in zip(asked, engines, strict=True):
+        if complaint := _difference(engine, reference.config.vocab_size, text, token_ids):
+            raise EngineError(
+                f"{a.reference}: {complaint} the model {model}; give a reference of the same model"
+            )
+    twins = [
+        Engine.open(model, exact=not a.exact, bits=bits, **options)
+        for model, bits in (asked if a.activations else [])
+    ]
+
+    shown = _Shown(1 + len(engines) + len(twins), len(token_ids), a.window)
+    models = [
+        Model(
+            shown.counted(model, engine.logits),
+            a.exact,
+            shown.counted(model, twins[i].logits) if twins else None,
         )
-        token_ids = engine.tokenizer.encode(text)[: a.tokens]
-        if len(token_ids) < 2:
-            raise EngineError(f"{a.text}: makes {len(token_ids)} tokens, expected 2 or more")
-        reference = _reference(a.reference, engine.config.vocab_size, a.window, a.adapter)
-        result = compare(engine.logits, reference, token_ids, a.window, sys.stderr.isatty())
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    blocks, whole = (engine.weights.bits_per_weight(block_only=only) for only in (True, False))
-    if a.json:
-        about = {"model": a.model, "reference": a.reference, "text": a.text, "window": a.window}
-        bits = {"bits_per_weight_blocks": blocks, "bits_per_weight_file": whole}
-        print(json.dumps({**about, **bits, **dataclasses.asdict(result)}))
-        return 0
-    print(f"tokens                 {result.tokens} in windows of {a.window}")
-    print(f"stored bit/weight      {blocks:.3f} in the blocks, {whole:.3f} in all")
-    print(f"perplexity             {result.perplexity:.3f}")
-    print(f"reference perplexity   {result.reference_perplexity:.3f}")
-    print(f"KL(reference || model) {result.kl_mean:.5f}, 99th percentile {result.kl_p99:.5f}")
-    print(f"same best token        {100 * result.top1_agreement:.2f} %")
-    return 0
+        for i, ((model, _), engine) in enumerate(zip(asked, engines, strict=True))
+    ]
+    theirs = shown.counted(a.reference, reference.logits)
+    with shown.bar:
+        verdicts = compare(models, theirs, token_ids, a.window, shown.report)
+    return [
+        Row(
+            model=model,
+            bits=bits,
+            source=engine.weights.source,
+            reference=a.reference,
+            text=a.text,
+            window=a.window,
+            activations="exact" if a.exact else "int8",
+            bits_per_weight_blocks=engine.weights.bits_per_weight(block_only=True),
+            bits_per_weight_file=engine.weights.bits_per_weight(block_only=False),
+            file_bytes=engine.weights.size_bytes,
+            against_reference=verdict.against_reference,
+            int8_against_exact=verdict.int8_against_exact,
+        )
+        for (model, bits), engine, verdict in zip(asked, engines, verdicts, strict=True)
+    ]
+
+
+class _Shown:
+    """Progress on stderr: a line after each window, on a terminal also a bar."""
+
+    def __init__(self, n_models: int, n_tokens: int, window: int) -> None:
+        self._n_tokens, self._window = n_tokens, window
+        self._windows_done = 0
+        self.bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self._task = self.bar.add_task("tokens read", total=n_models * n_tokens)
+
+    def counted(self, name: str, logits: Logits) -> Logits:
+        """The same with progress; EngineError when a model computes what cannot be compared."""
+
+        def read(ids: Sequence[int]) -> np.ndarray:
+            rows = logits(ids)
+            if not np.isfinite(rows).all():
+                raise EngineError(f"{name}: computes logits that are no finite numbers")
+            self.bar.advance(self._task, len(ids))
+            return rows
+
+        return read
+
+    def report(self, kl: Sequence[float]) -> None:
+        self._windows_done += 1
+        done = min(self._windows_done * self._window, self._n_tokens)
+        so_far = " ".join(f"{mean:.4g}" for mean in kl)
+        print(f"{done} of {self._n_tokens} tokens, KL so far {so_far}", file=sys.stderr)
+
+
+def _reference(spec: str, window: int, adapter: str | None) -> tuple[Engine | Reference, Tokenizer]:
+    """A weights file or a source model, ready to run; EngineError when a window is too long."""
+    if is_weights_file(spec):
+        engine = Engine.open(spec, exact=True, context=window, adapter=adapter)
+        return engine, engine.tokenizer
+    source = open_source(spec)
+    if source.config.max_seq_len < window:
+        raise EngineError(
+            f"{spec}: works with 1 to {source.config.max_seq_len} positions, --window is {window}"
+        )
+    tokenizer = Tokenizer(source.tokenizer_json, source.chat_template, source.config)
+    # No float16 cache: its rounding is the engine's and none of the model's.
+    return Reference.from_source(source, cache_dtype=np.float32), tokenizer
+
+
+def _difference(engine: Engine, vocab_size: int, text: str, token_ids: Sequence[int]) -> str:
+    """In what the reference cannot be the same model, to be followed by its name; or nothing."""
+    own = engine.config.vocab_size
+    if own != vocab_size:
+        return f"has a vocabulary of {vocab_size}, not of {own} as"
+    if engine.tokenizer.encode(text)[: len(token_ids)] != token_ids:
+        return "cuts the text into other tokens than"
+    return ""
+
+
+def _plot(path: Path, rows: Sequence[Row]) -> None:
+    from engine.plot import PUBLISHED, Point, draw  # matplotlib is optional
+
+    curves: dict[str, list[Point]] = {}
+    for row in rows:
+        result = row.against_reference
+        name = f"{row.bits:g} bit" if row.bits is not None else Path(row.model).stem
+        curves.setdefault(row.model, []).append(
+            Point(name, row.bits_per_weight_blocks, result.kl_mean, result.kl_standard_error or 0)
+        )
+    first = rows[0]
+    sources = sorted({row.source for row in rows})
+    title = (
+        f"{', '.join(sources)} on {Path(first.text).name}, "
+        f"{first.against_reference.tokens} tokens in windows of {first.window}, "
+        f"{first.activations} activations"
+    )
+    # Others measured the same model against its unquantized self.
+    comparable = sources == [first.reference] == [DEFAULT_MODEL]
+    draw(path, title, list(curves.values()), PUBLISHED if comparable else ())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ Integers = npt.NDArray[np.integer[Any]]
 
 ACTIVATION_BLOCK = 32  # columns that share one int8 scale
 
+_QUERY_BLOCK = 64  # tokens whose scores are held at a time: they fit the processor's cache
+
 
 def embed(table: Floats, token_ids: Integers) -> Floats:
     """(vocab_size, dim), (n,) -> (n, dim): one row of the table per token."""
@@ -117,22 +119,28 @@ def attention(q: Floats, k_cache: Floats, v_cache: Floats, pos: int) -> Floats:
     n_pos, n_kv_heads = pos + n, k_cache.shape[1]
     q = q.reshape(n, n_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # (n_kv_heads, group, n, ...)
     k, v = (cache[:n_pos].astype(q.dtype, copy=False) for cache in (k_cache, v_cache))
-    k = k.transpose(1, 2, 0)  # (n_kv_heads, head_dim, n_pos)
-    v = v.transpose(1, 0, 2)  # (n_kv_heads, n_pos, head_dim)
+    k = k.transpose(1, 2, 0)[:, None]  # (n_kv_heads, 1, head_dim, n_pos)
+    v = v.transpose(1, 0, 2)[:, None]  # (n_kv_heads, 1, n_pos, head_dim)
 
-    scores = q @ k[:, None] / np.sqrt(q.dtype.type(head_dim))  # (n_kv_heads, group, n, n_pos)
-    in_future = np.arange(n_pos) > np.arange(pos, n_pos)[:, None]  # (n, n_pos)
-    scores[..., in_future] = -np.inf
-    weights = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
-    mixed: Floats = weights @ v[:, None] / np.sum(weights, axis=-1, keepdims=True)
+    mixed = np.empty_like(q)
+    for begin in range(0, n, _QUERY_BLOCK):
+        block = slice(begin, begin + _QUERY_BLOCK)
+        own = np.arange(pos, n_pos)[block, None]  # positions of these tokens
+        seen = own[-1, 0] + 1  # by the last of them
+        scores = q[:, :, block] @ k[..., :seen]  # (n_kv_heads, group, block, seen)
+        scores /= np.sqrt(q.dtype.type(head_dim))
+        np.copyto(scores, -np.inf, where=np.arange(seen) > own)
+        scores -= np.max(scores, axis=-1, keepdims=True)
+        weights = np.exp(scores, out=scores)
+        mixed[:, :, block] = weights @ v[:, :, :seen] / np.sum(weights, axis=-1, keepdims=True)
     return mixed.transpose(2, 0, 1, 3).reshape(n, n_heads * head_dim)
 
 
 def swiglu(gate_up: Floats) -> Floats:
     """(..., gate | up) -> (..., hidden_dim): silu(gate) * up [Shazeer 2020, eq. 5]."""
     gate, up = np.split(gate_up, 2, axis=-1)
-    decay = np.exp(-np.abs(gate))  # at most 1, where exp(-gate) would overflow below -88
-    y: Floats = gate * np.where(gate < 0, decay, 1) / (1 + decay) * up
+    with np.errstate(over="ignore"):  # below -88 float32's exp(-gate) is infinite, and silu 0
+        y: Floats = gate / (1 + np.exp(-gate)) * up
     return y
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import subprocess
@@ -14,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
 from engine import bench, evaluate
+from engine.compare import Comparison
 from engine.errors import EngineError
 from engine.generate import Engine
+from engine.report import Row
+from weights import cache
 from weights.convert import convert
 from weights.sources import open_source
+from weights.store import WeightsFile
 
 ROOT = Path(__file__).parents[1]
+FIGURES = {field.name for field in dataclasses.fields(Comparison)}
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, vocab_size=101, max_seq_len=32)
 
 
@@ -172,135 +175,178 @@ def test_ctrl_c_leaves_quietly(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "open", interrupted)
-    flags = ["--reference", "m", "--text", text] if command is evaluate.main else []
-    assert command(["m", *flags]) == 130
+    # Any file will do: none is opened.
+    flags = ["--reference", text, "--text", text] if command is evaluate.main else []
+    assert command([text, *flags]) == 130
     assert capsys.readouterr() == ("", "")
 
 
-def log(*probabilities: float) -> npt.NDArray[np.float32]:
-    """Logits of a distribution, shifted: only differences count."""
-    return np.log(np.array(probabilities, np.float32)) + np.float32(3)
-
-
-def test_compare_on_numbers_worked_out_by_hand() -> None:
-    half, other, last = log(1 / 2, 1 / 4, 1 / 4), log(1 / 8, 3 / 4, 1 / 8), log(1 / 8, 1 / 8, 3 / 4)
-
-    def model(ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        return np.array([half, other, last])[: len(ids)]
-
-    def reference(ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        return np.array([half, half, last])[: len(ids)]
-
-    # Windows 0 2 1 and 1 0: the models differ at the second position of each.
-    result = evaluate.compare(model, reference, [0, 2, 1, 1, 0], window=3)
-    kl = math.log(4) / 2 + math.log(1 / 3) / 4 + math.log(2) / 4  # KL(half || other)
-    want = evaluate.Comparison(
-        tokens=5,
-        perplexity=(4 * 4 / 3 * 2) ** (1 / 3),  # 2 after 0, 1 after 2; 0 after 1
-        reference_perplexity=(4 * 4 * 2) ** (1 / 3),
-        kl_mean=2 * kl / 5,
-        kl_p99=kl,
-        top1_agreement=3 / 5,
-    )
-    # Logits are float32: half an ulp of numbers below 4.
-    assert dataclasses.astuple(result) == pytest.approx(dataclasses.astuple(want), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("n_tokens", "window", "windows"),
-    # What a window's last token predicts is never seen; a window of one token predicts nothing.
-    [(2, 9, [2]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]), (65, 64, [64]), (200, 150, [150, 50])],
-)
-def test_compare_looks_at_every_token_of_every_window(
-    n_tokens: int, window: int, windows: list[int]
-) -> None:
-    rng = np.random.default_rng(3)
-    ids = rng.integers(0, 5, n_tokens).tolist()
-    tables = rng.normal(size=(2, n_tokens, 5)).astype(np.float32)
-    sizes: list[int] = []
-
-    def model(ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        sizes.append(len(ids))
-        return tables[0, : len(ids)]
-
-    result = evaluate.compare(model, lambda ids: tables[1, : len(ids)], ids, window)
-    assert sizes == windows
-    assert result.tokens == sum(windows)
-    nll, kl = [], []
-    for begin, size in zip(np.cumsum([0, *windows]), windows, strict=False):
-        for i in range(size):
-            q, p = (np.exp(table[i]) / np.exp(table[i]).sum() for table in tables.astype(float))
-            kl.append(sum(p * np.log(p / q)))
-            if i + 1 < size:
-                nll.append(-np.log(q[ids[begin + i + 1]]))
-    assert result.perplexity == pytest.approx(np.exp(np.mean(nll)), rel=1e-12)
-    assert result.kl_mean == pytest.approx(np.mean(kl), rel=1e-12)
-    assert result.kl_p99 == pytest.approx(np.percentile(kl, 99), rel=1e-12)
-
-
-def test_compare_of_equals_finds_nothing() -> None:
-    # Where a softmax that is not shifted overflows.
-    table = np.random.default_rng(3).normal(1000, 5, (70, 11)).astype(np.float32)
-    ids = [3] * 70
-    result = evaluate.compare(lambda ids: table, lambda ids: table, ids, window=70)
-    assert result.kl_mean == result.kl_p99 == 0
-    assert result.top1_agreement == 1
-    assert result.perplexity == result.reference_perplexity
-
-
 def evaluated(
-    capsys: pytest.CaptureFixture[str], model: str, reference: str | Path, text: str, *flags: str
-) -> dict[str, Any]:
-    arguments = [model, "--reference", str(reference), "--text", text, "--window", "24", "--json"]
-    assert evaluate.main([*arguments, *flags]) == 0
+    capsys: pytest.CaptureFixture[str], models: Sequence[str | Path], *flags: str | Path
+) -> list[dict[str, Any]]:
+    """The lines of JSON; each of the windows has left one on stderr."""
+    command = [*map(str, models), "--window", "24", "--tokens", "50", "--json", *map(str, flags)]
+    assert evaluate.main(command) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""  # a progress line is for terminals
-    document: dict[str, Any] = json.loads(captured.out)
-    return document
+    told = [line.split(" of ")[0] for line in captured.err.splitlines() if "KL so far" in line]
+    assert told == ["24", "48", "50"]
+    return [json.loads(line) for line in captured.out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def coarse(folder: Path) -> str:
+    """`model` with half its bits."""
+    path = folder.with_name("coarse.safetensors")
+    convert(open_source(folder), path, bits=3, embed_bits=3, progress=False)
+    return str(path)
 
 
 @pytest.mark.gpu
 def test_evaluate_against_the_same_file(
     model: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = evaluated(capsys, model, model, text, "--exact", "--tokens", "50")
+    against = ["--reference", model, "--text", text]
+    (same,) = evaluated(capsys, [model], *against, "--exact")
     assert same["tokens"] == 50 and same["window"] == 24
-    assert same["kl_mean"] == same["kl_p99"] == 0
+    assert same["kl_mean"] == same["kl_p99"] == same["kl_standard_error"] == 0
     assert same["top1_agreement"] == 1
     assert same["perplexity"] == same["reference_perplexity"] > 1
-    assert 5 < same["bits_per_weight_blocks"] < 7
-    int8 = evaluated(capsys, model, model, text, "--tokens", "50")
+    (int8,) = evaluated(capsys, [model], *against)
     assert int8["reference_perplexity"] == same["perplexity"]
     assert 0 < int8["kl_mean"] < int8["kl_p99"] < 0.1
+    assert 0 < int8["kl_standard_error"] < int8["kl_mean"]
 
 
 @pytest.mark.gpu
 def test_evaluate_against_the_source(
-    folder: Path, model: str, text: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, model: str, coarse: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fine = evaluated(capsys, model, folder, text, "--exact")
-    coarse_model = model.replace(".safetensors", "-coarse.safetensors")
-    convert(open_source(folder), coarse_model, bits=3, embed_bits=3, progress=False)
-    coarse = evaluated(capsys, coarse_model, folder, text, "--exact")
+    against = ["--reference", folder, "--text", text, "--exact"]
+    together = evaluated(capsys, [model, coarse], *against)
+    fine, rough = together
     # Three bits less make steps 8 times as wide, and a divergence goes with their square.
-    assert 0 < 10 * fine["kl_mean"] < coarse["kl_mean"]
-    assert fine["reference_perplexity"] == coarse["reference_perplexity"]
-    # The text is shorter than the default number of tokens: all of it.
-    assert fine["tokens"] == len(Engine.open(model).tokenizer.encode(Path(text).read_text()))
+    assert 0 < 10 * fine["kl_mean"] < rough["kl_mean"]
+    assert fine["reference_perplexity"] == rough["reference_perplexity"]
+    # Nothing of one model reaches another's figures.
+    for row, path in zip(together, (model, coarse), strict=True):
+        assert evaluated(capsys, [path], *against) == [row]
+    file = WeightsFile.open(model)
+    about = {
+        "model": model,
+        "bits": None,
+        "source": "model",
+        "reference": str(folder),
+        "text": text,
+        "window": 24,
+        "activations": "exact",
+        "bits_per_weight_blocks": file.bits_per_weight(block_only=True),
+        "bits_per_weight_file": file.bits_per_weight(block_only=False),
+        "file_bytes": Path(model).stat().st_size,
+    }
+    assert fine.keys() == about.keys() | FIGURES
+    assert {key: fine[key] for key in about} == about
 
 
 @pytest.mark.gpu
-def test_evaluate_prints_a_table(model: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main([model, "--reference", model, "--text", text, "--window", "64"]) == 0
-    printed = capsys.readouterr().out
-    for word in ("tokens", "bit/weight", "perplexity", "KL(reference || model)", "best token"):
-        assert word in printed
-    assert "windows of 64" in printed
+def test_evaluate_converts_to_each_rate(
+    folder: Path,
+    model: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
+    against = ["--reference", folder, "--text", text]
+    rows = evaluated(capsys, [folder], *against, "--bits", "4.5,6")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert [row["bits"] for row in rows] == [4.5, 6]
+    assert rows[0]["kl_mean"] > rows[1]["kl_mean"]
+    (converted,) = evaluated(capsys, [model], *against)
+    assert rows[1] == {**converted, "model": str(folder), "bits": 6}
+
+
+@pytest.mark.gpu
+def test_evaluate_tells_activations_from_weights(
+    folder: Path, model: str, coarse: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(models: list[str], reference: str | Path, *flags: str) -> list[dict[str, Any]]:
+        return evaluated(capsys, models, "--reference", reference, "--text", text, *flags)
+
+    int8 = run([model, coarse], folder, "--activations")
+    exact = run([model, coarse], folder, "--activations", "--exact")
+    for path, a, b in zip((model, coarse), int8, exact, strict=True):
+        # The same number whatever the file is judged by: what it loses against its own exact mode.
+        (alone,) = run([path], path)
+        assert a["kl_activations"] == b["kl_activations"] == alone["kl_mean"] > 0
+        assert a["kl_activations_standard_error"] == alone["kl_standard_error"]
+        assert a["activations"] == "int8" and b["activations"] == "exact"
+        assert a["kl_mean"] != b["kl_mean"]
+    # Steps eight times as wide cost a lot more, but not in the activations.
+    assert exact[1]["kl_mean"] > 10 * exact[0]["kl_mean"]
+    assert int8[1]["kl_activations"] < 10 * int8[0]["kl_activations"]
+
+
+@pytest.mark.gpu
+def test_evaluate_prints_a_table(
+    folder: Path, model: str, coarse: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--reference", model, "--text", text, "--window", "64", "--activations"]
+    assert evaluate.main([model, coarse, *flags]) == 0
+    captured = capsys.readouterr()
+    about, blank, head, rule, *rows = captured.out.splitlines()
+    n_tokens = len(Engine.open(model).tokenizer.encode(Path(text).read_text()))
+    assert f"text.txt, {n_tokens} tokens in windows of 64, int8 activations" in about
+    assert blank == ""
+    assert [line.count("|") for line in (head, rule, *rows)] == [10] * 4
+    for word in ("bit/weight", "MiB", "KL", "best token", "perplexity (reference ", "int8"):
+        assert word in head
+    assert [row.split(" | ")[0] for row in rows] == [f"| {model}", f"| {coarse}"]
+    # The text is shorter than the default number of tokens: all of it.
+    assert f"text.txt: makes {n_tokens} tokens, not 8192: all of them are used" in captured.err
+
+
+@pytest.mark.gpu
+def test_evaluate_draws(
+    folder: Path, model: str, coarse: str, text: str, tmp_path: Path, capsys: Any
+) -> None:
+    against = ["--reference", folder, "--text", text]
+    picture = tmp_path / "picture.svg"
+    rows = evaluated(capsys, [model, coarse], *against, "--plot", picture)
+    drawn = picture.read_text("utf-8")
+    # Matplotlib notes each text beside the curves that it becomes.
+    for words in (
+        "model",
+        "coarse",
+        "model on text.txt, 50 tokens in windows of 24, int8 activations",
+    ):
+        assert f"<!-- {words} -->" in drawn
+    assert "Q4_0" not in drawn  # of another model
+    # Equals differ by nothing, which a logarithmic axis has no place for.
+    picture = tmp_path / "picture.png"
+    evaluated(capsys, [model], "--reference", model, "--text", text, "--exact", "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".svg", ".txt"]
+
+    # A run on the default model: beside it what others made of it.
+    comparison = Comparison(**{name: rows[0][name] for name in rows[0].keys() & FIGURES})
+    facts = {**rows[0], "source": "smollm2", "reference": "smollm2"}
+    facts = {name: facts[name] for name in facts.keys() - FIGURES}
+    row = Row(**facts, against_reference=comparison, int8_against_exact=None)
+    evaluate._plot(tmp_path / "both.svg", [row])
+    both = (tmp_path / "both.svg").read_text("utf-8")
+    for words in ("Q4_0", "Q8_0", "llama.cpp, measured on another English text"):
+        assert f"<!-- {words} -->" in both
 
 
 @pytest.mark.gpu
 def test_evaluate_says_what_is_wrong_in_one_line(
-    tmp_path: Path, model: str, untied: str, text: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    folder: Path,
+    model: str,
+    untied: str,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     binary, short = tmp_path / "binary", tmp_path / "short"
     binary.write_bytes(b"text \xff\xfe")
@@ -314,22 +360,72 @@ def test_evaluate_says_what_is_wrong_in_one_line(
         (model, text, ["--window", "65"], "context is 65, .* 1 to 64"),
         ("no-such-model", text, [], "no-such-model: no such file or folder"),
         (str(binary), text, [], "binary.*not a|binary.*safetensors"),
-        (untied, text, ["--window", "8"], "vocabulary of 101, the model one of 97"),
-        (other, text, ["--window", "8"], "vocabulary of 101, the model one of 97"),
+        (untied, text, ["--window", "8"], "vocabulary of 101, not of 97 as the model"),
+        (other, text, ["--window", "8"], "vocabulary of 101, not of 97 as the model"),
+        (model, text, ["--bits", "4,5"], "its bits are fixed"),
+        (model, text, ["--plot", "x.pdf"], "x.pdf: expected a name that ends in .png or .svg"),
+        (model, text, ["--plot", str(tmp_path / "no" / "x.png")], "x.png: cannot be written: No"),
+        (model, text, ["--plot", str(tmp_path / "d.png")], "d.png: cannot be written: it is a dir"),
     ):
-        flags = [*flags] if flags else ["--window", "16"]
-        command = [model, "--reference", reference, "--text", file, *flags]
+        (tmp_path / "d.png").mkdir(exist_ok=True)
+        flags = [*flags] if "--window" in flags else [*flags, "--window", "16"]
+        command = [model, "--reference", reference, "--text", file, "--tokens", "40", *flags]
         assert evaluate.main(command) == 1
         line = error_line(capsys.readouterr())
         assert re.search(complaint, line), line
+    command = [model, "--text", text, "--tokens", "40", "--reference"]
     short_context = dataclasses.replace(CONFIG, max_seq_len=20)
     brother = write_hf_folder(tmp_path / "brother", short_context, random_tensors(short_context))
-    command = [model, "--reference", str(brother), "--text", text, "--window", "21"]
-    assert evaluate.main(command) == 1
+    assert evaluate.main([*command, str(brother), "--window", "21"]) == 1
     assert "1 to 20 positions, --window is 21" in error_line(capsys.readouterr())
 
+    # As many tokens, but others.
+    tokenizer = json.loads((brother / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (brother / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert evaluate.main([*command, str(brother), "--window", "20"]) == 1
+    assert "cuts the text into other tokens than the model" in error_line(capsys.readouterr())
 
-@pytest.mark.parametrize("flags", [["--tokens", "1"], ["--window", "1"], ["--window", "x"]])
+    # Before anything is converted, which would be said.
+    assert evaluate.main([str(folder), "nowhere", *command[1:], model, "--bits", "5"]) == 1
+    assert "nowhere: no such file" in error_line(capsys.readouterr())
+
+
+@pytest.mark.gpu
+def test_evaluate_trusts_no_logits_that_are_not_finite(
+    model: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def logits(self: Engine, token_ids: Sequence[int]) -> Any:
+        return np.where(np.arange(97) == 96, np.nan, np.zeros((len(token_ids), 1)))
+
+    monkeypatch.setattr(Engine, "logits", logits)
+    command = [model, "--reference", model, "--text", text, "--tokens", "9", "--window", "9"]
+    assert evaluate.main(command) == 1
+    assert f"{model}: computes logits that are no finite" in error_line(capsys.readouterr())
+
+
+def test_plot_without_matplotlib_is_one_clear_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "engine.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)  # as if it were not installed
+    command = ["m", "--reference", "m", "--text", text, "--plot", str(tmp_path / "p.png")]
+    assert evaluate.main(command) == 1
+    assert "pip install 'answer-llm[plot]'" in error_line(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tokens", "1"],
+        ["--window", "1"],
+        ["--window", "x"],
+        ["--bits", "4,x"],
+        ["--bits", "4,"],
+        ["--bits", "1.9,4"],
+        ["--bits", "nan"],
+    ],
+)
 def test_evaluate_refuses_wrong_flags(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         evaluate.main(["m", "--reference", "m", "--text", "t", *flags])

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from conftest import Golden
 
+from engine.compare import log_softmax
 from engine.device import Device
-from engine.evaluate import log_softmax
 from engine.generate import Engine
 from model.reference import Reference
 from weights.convert import DEFAULT_BITS, convert

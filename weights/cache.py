@@ -11,7 +11,7 @@ from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, convert
 from weights.folder import cache_folder
 from weights.sources import PACKAGED, open_source
 
-__all__ = ["DEFAULT_BITS", "DEFAULT_MODEL", "cache_folder", "resolve"]
+__all__ = ["DEFAULT_BITS", "DEFAULT_MODEL", "cache_folder", "is_weights_file", "resolve"]
 
 DEFAULT_MODEL = "smollm2"
 
@@ -24,7 +24,7 @@ def resolve(model: str | Path, bits: float | None = None, progress: bool = True)
     ConfigError when that fails, and WeightsError when `bits` is given for a converted file.
     """
     path = Path(model)
-    if path.is_file() and path.suffix != ".gguf":  # opening it will tell if it is something else
+    if is_weights_file(model):
         if bits is not None:
             raise WeightsError(
                 f"{path}: its bits are fixed; choose bits only for a model to convert"
@@ -36,6 +36,12 @@ def resolve(model: str | Path, bits: float | None = None, progress: bool = True)
         print(f"converting {model} to {bits:g} bit/weight, once: {cached}", file=sys.stderr)
         convert(open_source(model), cached, bits, text=QUICK, progress=progress)
     return cached
+
+
+def is_weights_file(model: str | Path) -> bool:
+    """Not a model to convert; whether it really is a weights file, opening it will tell."""
+    path = Path(model)
+    return path.is_file() and path.suffix != ".gguf"
 
 
 def _name(model: str | Path) -> str:
