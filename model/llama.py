@@ -96,7 +96,6 @@ class Llama:
         self.x = device.empty("x", 4 * n * c.dim)
         self.xn = Activations.empty(device, "xn", n, d, c.dim)
         self.qkv = first.qkv_proj.output("qkv", n)
-        self.q = device.empty("q", 4 * n * c.n_heads * 2 * half_padded(c))
         self.partial = device.empty(
             "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
@@ -127,7 +126,6 @@ class Llama:
             keys, values = self.cache.keys[i], self.cache.values[i]
             yield self._rms_norm(previous, layer.input_layernorm, tokens)
             yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n)
-            yield self._rope_cache(keys, values, tokens)
             yield self._attention(keys, values, tokens)
             yield self._attention_combine(tokens)
             yield from layer.o_proj.matvec(self.attn, self.o, **n)
@@ -168,35 +166,13 @@ class Llama:
             x_scale=self.xn.scale,
         )
 
-    def _rope_cache(self, keys: Any, values: Any, tokens: int) -> Dispatch:
-        c = self.config
-        pairs = (c.n_heads + 2 * c.n_kv_heads) * (c.head_dim // 2)
-        return self.kernels.get(
-            "rope_cache", cache_f32=self.cache.f32, splits=self.qkv.splits
-        ).dispatch(
-            [-(-pairs // 64), tokens],
-            dict(
-                n_heads=c.n_heads,
-                n_kv_heads=c.n_kv_heads,
-                head_dim=c.head_dim,
-                half_padded=half_padded(c),
-                max_pos=self.cache.max_pos,
-                tokens=tokens,
-            ),
-            state=self.state,
-            y=self.qkv.buffer,
-            rope=self.rope,
-            q=self.q,
-            k_cache=keys,
-            v_cache=values,
-        )
-
     def _attention(self, keys: Any, values: Any, tokens: int) -> Dispatch:
         c = self.config
         lanes, per_lane = self._attention_shape
         kernel = self.kernels.get(
             "attention",
             cache_f32=self.cache.f32,
+            splits=self.qkv.splits,
             lanes=lanes,
             per_lane=per_lane,
             n_splits=self._splits,
@@ -206,12 +182,15 @@ class Llama:
             dict(
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
                 half_padded=half_padded(c),
                 max_pos=self.cache.max_pos,
+                tokens=tokens,
                 scale=c.head_dim**-0.5,
             ),
             state=self.state,
-            q=self.q,
+            y=self.qkv.buffer,
+            rope=self.rope,
             k_cache=keys,
             v_cache=values,
             partial=self.partial,

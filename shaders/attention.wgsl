@@ -1,10 +1,14 @@
-// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own, in splits: every split sees each
-// n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding); attention_combine joins them.
-// One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens). f32 over an f16 or f32 cache.
+// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own. q and k are first rotated to their
+// positions (RoFormer eq. 34; pairs (i, i + head_dim / 2), as Hugging Face stores them), k and v put into the cache.
+// In splits: every split sees each n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding);
+// attention_combine joins them. All in f32; a u32 of an f16 cache holds elements i and i + head_dim / 2 of one head, in
+// an f32 cache each has its own, half_padded apart.
+// One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens).
 
 //#import state
 
 override cache_f32: bool;
+override splits: u32;    // of y
 override lanes: u32;     // a multiple of 8, at least half_padded / 4
 override per_lane: u32;  // neighbouring positions that one lane scores, 1..4; lanes * per_lane are a tile
 override n_splits: u32;
@@ -12,8 +16,10 @@ override n_splits: u32;
 struct Params {
   n_heads: u32,
   n_kv_heads: u32,
-  half_padded: u32,
+  head_dim: u32,
+  half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
   max_pos: u32,
+  tokens: u32,
   scale: f32,  // 1 / sqrt(head_dim)
 }
 
@@ -21,11 +27,14 @@ const NEVER = -1e30;  // below every score; not infinite, so that differences of
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> state: State;
-@group(0) @binding(2) var<storage, read> q: array<vec4<f32>>;           // (tokens, n_heads, 2, half_padded)
-@group(0) @binding(3) var<storage, read> k_cache: array<vec4<u32>>;     // (n_kv_heads, max_pos, 1 or 2, half_padded)
-@group(0) @binding(4) var<storage, read> v_cache: array<vec4<u32>>;
-@group(0) @binding(5) var<storage, read_write> partial: array<f32>;     // (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(2) var<storage, read> y: array<f32>;                    // (splits, tokens, rows of q | k | v)
+@group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;           // (max_pos, head_dim / 2): cos, sin
+@group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;  // (n_kv_heads, max_pos, 1 or 2, half_padded)
+@group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, n_splits, 2 half_padded + 2)
 
+var<workgroup> query_lo: array<vec4<f32>, lanes>;
+var<workgroup> query_hi: array<vec4<f32>, lanes>;
 var<workgroup> weights: array<vec4<f32>, lanes>;
 var<workgroup> maxima: array<f32, lanes>;
 var<workgroup> group_lo: array<vec4<f32>, lanes>;
@@ -33,6 +42,72 @@ var<workgroup> group_hi: array<vec4<f32>, lanes>;
 var<workgroup> group_sum: array<f32, lanes>;
 
 struct Pair { lo: vec4<f32>, hi: vec4<f32> }  // elements i.. and i + head_dim / 2..
+
+fn indices(quad: u32) -> vec4<u32> { return 4u * quad + vec4<u32>(0u, 1u, 2u, 3u); }
+
+// Four elements of y, zeros in place of those beyond the half of a head that begins at `begin`.
+fn quad_at(begin: u32, quad: u32) -> vec4<f32> {
+  let half = params.head_dim / 2u;
+  let i = begin + min(indices(quad), vec4<u32>(half - 1u));
+  let values = vec4<f32>(y[i.x], y[i.y], y[i.z], y[i.w]);
+  return select(vec4<f32>(0.0), values, indices(quad) < vec4<u32>(half));
+}
+
+fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted through q | k | v
+  let rows = (params.n_heads + 2u * params.n_kv_heads) * params.head_dim;
+  var sum = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
+  for (var split = 0u; split < splits; split++) {
+    let begin = (split * params.tokens + token) * rows + head * params.head_dim;
+    sum.lo += quad_at(begin, quad);
+    sum.hi += quad_at(begin + params.head_dim / 2u, quad);
+  }
+  return sum;
+}
+
+fn rotated(x: Pair, pos: u32, quad: u32) -> Pair {
+  let half = params.head_dim / 2u;
+  let i = pos * half + min(indices(quad), vec4<u32>(half - 1u));
+  let turns = array(rope[i.x], rope[i.y], rope[i.z], rope[i.w]);
+  let c = vec4<f32>(turns[0].x, turns[1].x, turns[2].x, turns[3].x);
+  let s = vec4<f32>(turns[0].y, turns[1].y, turns[2].y, turns[3].y);
+  return Pair(x.lo * c - x.hi * s, x.hi * c + x.lo * s);
+}
+
+fn pack_f16(x: Pair) -> vec4<u32> {
+  return vec4<u32>(
+    pack2x16float(vec2<f32>(x.lo.x, x.hi.x)),
+    pack2x16float(vec2<f32>(x.lo.y, x.hi.y)),
+    pack2x16float(vec2<f32>(x.lo.z, x.hi.z)),
+    pack2x16float(vec2<f32>(x.lo.w, x.hi.w)),
+  );
+}
+
+// Puts into the cache what the workgroup is going to read and no earlier pass has written. Heads that share a kv head,
+// and later tokens of the pass, write the same: it is the same arithmetic on the same numbers, so whichever write comes
+// last leaves the same bits, and nobody waits for another workgroup.
+fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
+  let quads = params.half_padded / 4u;
+  for (var n = lane; n < (token + 1u) * quads; n += lanes) {
+    let source = n / quads;
+    let i = n % quads;
+    let pos = state.pos + source;
+    if (pos / (lanes * per_lane) % n_splits == split) {
+      let k = rotated(projected(source, params.n_heads + kv_head, i), pos, i);
+      let v = projected(source, params.n_heads + params.n_kv_heads + kv_head, i);
+      let row = kv_head * params.max_pos + pos;
+      if (cache_f32) {
+        let at = 2u * row * quads + i;
+        k_cache[at] = bitcast<vec4<u32>>(k.lo);
+        k_cache[at + quads] = bitcast<vec4<u32>>(k.hi);
+        v_cache[at] = bitcast<vec4<u32>>(v.lo);
+        v_cache[at + quads] = bitcast<vec4<u32>>(v.hi);
+      } else {
+        k_cache[row * quads + i] = pack_f16(k);
+        v_cache[row * quads + i] = pack_f16(v);
+      }
+    }
+  }
+}
 
 fn unpack_f16(v: vec4<u32>) -> Pair {
   let a = unpack2x16float(v.x);
@@ -61,12 +136,12 @@ fn value(row: u32, i: u32) -> Pair {
 }
 
 // Scores of the positions pos .. pos + per_lane - 1: q is loaded once for all of them.
-fn scores_at(query: u32, first_row: u32, pos: u32, length: u32) -> vec4<f32> {
+fn scores_at(first_row: u32, pos: u32, length: u32) -> vec4<f32> {
   let quads = params.half_padded / 4u;
   var sums = vec4<f32>(0.0);
   for (var i = 0u; i < quads; i++) {
-    let lo = q[query + i];
-    let hi = q[query + quads + i];
+    let lo = query_lo[i];
+    let hi = query_hi[i];
     for (var j = 0u; j < per_lane; j++) {
       if (pos + j < length) {
         let k = key(first_row + pos + j, i);
@@ -102,8 +177,16 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   if (token >= state.n_tokens) { return; }
   let quads = params.half_padded / 4u;
   let length = state.pos + token + 1u;
-  let query = (token * params.n_heads + head) * 2u * quads;
-  let first_row = head / (params.n_heads / params.n_kv_heads) * params.max_pos;
+  let kv_head = head / (params.n_heads / params.n_kv_heads);
+  let first_row = kv_head * params.max_pos;
+  if (lane < quads) {
+    let query = rotated(projected(token, head, lane), length - 1u, lane);
+    query_lo[lane] = query.lo;
+    query_hi[lane] = query.hi;
+  }
+  write_cache(lane, split, kv_head, token);
+  storageBarrier();
+  workgroupBarrier();
 
   let n_groups = lanes / quads;  // groups of lanes, each of which adds up its share of the positions' values
   let my_group = lane / quads;
@@ -114,7 +197,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var hi = vec4<f32>(0.0);
   let tile_size = lanes * per_lane;
   for (var tile = split * tile_size; tile < length; tile += n_splits * tile_size) {
-    let scores = scores_at(query, first_row, tile + per_lane * lane, length);
+    let scores = scores_at(first_row, tile + per_lane * lane, length);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);
