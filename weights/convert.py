@@ -38,8 +38,8 @@ from weights.store import WeightsFile, write_weights
 RECIPE_VERSION = 1
 
 DEFAULT_BITS = 5.0  # stored bits per weight of the blocks
-# Of the embedding and an untied head, which are never coarser than the blocks. For the default
-# model at 5 bits, 6 here cost a twentieth of the divergence that the blocks cost.
+# Of an embedding and a head whose errors' worth is not known. For the default model at 5 bits,
+# uncalibrated, 6 here cost a twentieth of the divergence that the blocks cost.
 LEAST_EMBED_BITS = 6.0
 MIN_BITS, MAX_BITS = 2.0, 8.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
@@ -73,16 +73,16 @@ def convert(
 ) -> list[MatrixReport]:
     """Write `source` to the file `out`, which appears whole or not at all; returns what it cost.
 
-    The matrices of all blocks together take `bits` per weight, everything stored counted in; the
-    embedding and an untied head take `embed_bits` each, by default as many, but at least
-    LEAST_EMBED_BITS. `progress` shows a bar on a terminal.
+    All matrices together take `bits` per weight, everything stored counted in, each as many as its
+    errors are worth. Where that is not known (without calibration the embedding and the head, with
+    it an embedding that is not the head), or where `embed_bits` is given, embedding and head take
+    that many, by default `bits` but at least LEAST_EMBED_BITS, and `bits` are those of the blocks.
+    `progress` shows a bar on a terminal.
     WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written;
     EngineError: a calibration text that cannot be used.
     """
-    if embed_bits is None:
-        embed_bits = max(bits, LEAST_EMBED_BITS)
     for name, rate in (("bits", bits), ("embed-bits", embed_bits)):
-        if not MIN_BITS <= rate <= MAX_BITS:
+        if rate is not None and not MIN_BITS <= rate <= MAX_BITS:
             raise WeightsError(
                 f"{name} is {rate:g}, expected {MIN_BITS:g} to {MAX_BITS:g} bits per weight"
             )
@@ -144,17 +144,19 @@ def _constants(
     matrices: list[layout.Matrix],
     histograms: list[Histogram],
     bits: float,
-    embed_bits: float,
+    embed_bits: float | None,
     log2_states: int,
 ) -> dict[str, float]:
-    """The step constant c of each matrix: one for all blocks, one each for embedding and head."""
+    """The step constant c of each matrix: one for all whose errors can be compared."""
     groups: dict[str, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        groups.setdefault("the blocks" if matrix.in_block else matrix.name, []).append(i)
+        common = matrix.in_block or (embed_bits is None and quantizer.weighs(matrix))
+        groups.setdefault("the model" if common else matrix.name, []).append(i)
     constants: dict[str, float] = {}
     for group, members in groups.items():
         in_group = [histograms[i] for i in members]
-        wanted = rate = bits if matrices[members[0]].in_block else embed_bits
+        wanted = bits if group == "the model" else embed_bits or max(bits, LEAST_EMBED_BITS)
+        rate = wanted
         probes = members[:: max(1, len(members) // _PROBES | 1)]
         try:
             c = bisect_constant(in_group, rate, log2_states)
@@ -202,13 +204,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--bits",
         type=float,
         default=DEFAULT_BITS,
-        help="stored bits per weight of the blocks, 2 to 8 (default %(default)s)",
+        help="stored bits per weight, 2 to 8 (default %(default)s)",
     )
     parser.add_argument(
         "--embed-bits",
         type=float,
-        help="the same of the embedding and the head "
-        f"(default: as --bits, but at least {LEAST_EMBED_BITS:g})",
+        help="the same of the embedding and the head alone (default: what they are worth)",
     )
     parser.add_argument(
         "--log2-states",

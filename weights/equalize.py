@@ -53,11 +53,18 @@ class Equalized:
         eighths = np.rint((log_t - log_t.mean()) * _STEPS_PER_OCTAVE)
         self._columns[matrix.name] = 2.0 ** (eighths / _STEPS_PER_OCTAVE)
 
-    def whitening(self, matrix: layout.Matrix) -> Whitening:
+    def whitening(self, matrix: layout.Matrix) -> Whitening | None:
+        """None for an embedding that is no head too: it multiplies nothing."""
+        if matrix.name == layout.EMBEDDING and not self._config.tie_embeddings:
+            return None
         found = self._calibration.matrix(matrix.name)
         t = self._columns[matrix.name] if matrix.name in self._columns else np.ones(matrix.cols)
         u = inverse_factor(found.hessian) / t
-        return Whitening(u, unit_steps(u, found.gradient / self._row_factors(matrix)))
+        gradient = found.gradient.astype(np.float64)
+        if not matrix.in_block:
+            # What a token's row is worth goes with its frequency, which another text may turn round.
+            gradient = np.sqrt((gradient**2 + np.mean(gradient**2)) / 2)
+        return Whitening(u, unit_steps(u, gradient / self._row_factors(matrix)))
 
     def matrix(self, matrix: layout.Matrix, w: npt.NDArray[np.float32]) -> None:
         """w (rows, cols) as it is in the source, changed in place."""

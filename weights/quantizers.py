@@ -26,6 +26,10 @@ Array = npt.NDArray[np.float32]
 class Quantizer(Protocol):
     """Rows' steps are c times those of `histogram`'s units."""
 
+    def weighs(self, matrix: layout.Matrix) -> bool:
+        """Whether its units say what its errors cost, so that one c serves all such matrices."""
+        ...
+
     def histogram(self, matrix: layout.Matrix) -> Histogram: ...
 
     def integers(
@@ -42,6 +46,9 @@ class Plain:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+
+    def weighs(self, matrix: layout.Matrix) -> bool:
+        return matrix.in_block
 
     def histogram(self, matrix: layout.Matrix) -> Histogram:
         w = read_fused(self._source, matrix)
@@ -63,22 +70,27 @@ class Whitened:
 
     def __init__(self, source: Source, calibration: Calibration) -> None:
         self._source = source
+        self._tied = source.config.tie_embeddings
         self._plain = Plain(source)
         self._equalized = Equalized(source.config, calibration)
         for _ in in_order(self._equalized.find_columns, layout.matrices(source.config)):
             pass
 
+    def weighs(self, matrix: layout.Matrix) -> bool:
+        return matrix.name != layout.EMBEDDING or self._tied
+
     def histogram(self, matrix: layout.Matrix) -> Histogram:
-        if matrix.name == layout.EMBEDDING:
+        whitening = self._equalized.whitening(matrix)
+        if whitening is None:
             return self._plain.histogram(matrix)
-        return histogram(self._read(matrix), self._equalized.whitening(matrix).unit_steps)
+        return histogram(self._read(matrix), whitening.unit_steps)
 
     def integers(
         self, matrix: layout.Matrix, c: float
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
-        if matrix.name == layout.EMBEDDING:
-            return self._plain.integers(matrix, c)
         whitening = self._equalized.whitening(matrix)
+        if whitening is None:
+            return self._plain.integers(matrix, c)
         scale = row_steps(whitening.unit_steps, c)
         w = self._read(matrix)
         q = quantize_whitened(w, whitening.inverse_factor, scale.astype(np.float32))
