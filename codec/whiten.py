@@ -38,7 +38,8 @@ def inverse_factor(hessian: npt.NDArray[np.floating], damping: float = DAMPING) 
     h[np.diag_indices_from(h)] += damping * mean if mean > 0 else 1.0
     # H = R R^T with R upper triangular is Cholesky's factorisation from the last row upwards.
     r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return np.linalg.inv(r)
+    u: Floats = np.linalg.inv(r)
+    return u
 
 
 def unit_steps(u: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
@@ -56,7 +57,7 @@ def quantize_whitened(w: Array, u: Floats, steps: Array) -> npt.NDArray[np.int32
     Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
     error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding.
     """
-    z = np.ascontiguousarray((w / np.where(steps > 0, steps, np.inf)[:, None]).T)
+    z = np.ascontiguousarray(w.T) / np.where(steps > 0, steps, np.inf).astype(np.float32)
     q = _sweep(z, u, _bits(z))
     return np.ascontiguousarray(q.T)
 
@@ -66,7 +67,8 @@ def _bits(z: Array) -> Array:
     size = np.minimum(np.abs(z), _LARGEST)
     counts = np.bincount(np.rint(size).astype(np.int64).ravel(), minlength=_LARGEST + 1) + 0.25
     counts[1:] /= 2
-    return (np.log2(z.size) - np.log2(counts)).astype(np.float32)
+    bits: Array = (np.log2(z.size) - np.log2(counts)).astype(np.float32)
+    return bits
 
 
 def _sweep(z: Array, u: Floats, bits: Array) -> npt.NDArray[np.int32]:

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -162,15 +163,11 @@ def _constants(
             c = bisect_constant(in_group, rate, log2_states)
             # What is quantized with care takes other bits than what is merely rounded: see how many.
             for _ in range(_TRIALS if probes else 0):
-                trials = list(
-                    in_order(
-                        lambda i, c=c: _encode(quantizer, matrices[i], c, log2_states)[0], probes
-                    )
-                )
-                taken = sum(coded.stored_bits for coded in trials)
-                rounded = sum(predicted_bits(histograms[i], c, log2_states) for i in probes)
-                n_weights = sum(coded.n_weights for coded in trials)
-                rate = wanted + (rounded - taken) / n_weights
+                trial = partial(_encode, quantizer, c=c, log2_states=log2_states)
+                coded = [m for m, _ in in_order(trial, [matrices[i] for i in probes])]
+                rounded = [predicted_bits(histograms[i], c, log2_states) for i in probes]
+                saved = sum(rounded) - sum(m.stored_bits for m in coded)
+                rate = wanted + saved / sum(m.n_weights for m in coded)
                 c = bisect_constant(in_group, rate, log2_states)
         except ValueError as error:
             raise WeightsError(f"{group}: {error}; ask for other bits") from None

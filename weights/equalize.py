@@ -62,7 +62,7 @@ class Equalized:
         u = inverse_factor(found.hessian) / t
         gradient = found.gradient.astype(np.float64)
         if not matrix.in_block:
-            # What a token's row is worth goes with its frequency, which another text may turn round.
+            # A token's row is worth what the token is frequent, and that goes with the text.
             gradient = np.sqrt((gradient**2 + np.mean(gradient**2)) / 2)
         return Whitening(u, unit_steps(u, gradient / self._row_factors(matrix)))
 
