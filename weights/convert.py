@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +46,9 @@ MIN_BITS, MAX_BITS = 2.0, 8.0
 DEFAULT_LOG2_STATES = 11
 
 _WINDOW = 256  # tokens of a calibration text that see each other
-_PROBES = 12  # matrices that are quantized to see what rate a constant gives
-_TRIALS = 2  # of the constant
+_TRIALS = 2  # of a constant, before all is quantized with it
+_PROBES = 4  # matrices of a kind that are quantized then,
+_PROBE_ROWS = 2048  # and about how many rows of one
 
 
 @dataclass(frozen=True)
@@ -157,22 +157,46 @@ def _constants(
     for group, members in groups.items():
         in_group = [histograms[i] for i in members]
         wanted = bits if group == "the model" else embed_bits or max(bits, LEAST_EMBED_BITS)
-        rate = wanted
-        probes = members[:: max(1, len(members) // _PROBES | 1)]
         try:
-            c = bisect_constant(in_group, rate, log2_states)
-            # What is quantized with care takes other bits than what is merely rounded: see how many.
-            for _ in range(_TRIALS if probes else 0):
-                trial = partial(_encode, quantizer, c=c, log2_states=log2_states)
-                coded = [m for m, _ in in_order(trial, [matrices[i] for i in probes])]
-                rounded = [predicted_bits(histograms[i], c, log2_states) for i in probes]
-                saved = sum(rounded) - sum(m.stored_bits for m in coded)
-                rate = wanted + saved / sum(m.n_weights for m in coded)
-                c = bisect_constant(in_group, rate, log2_states)
+            c = bisect_constant(in_group, wanted, log2_states)
+            for _ in range(_TRIALS):
+                saved = _saved(quantizer, [matrices[i] for i in members], in_group, c, log2_states)
+                c = bisect_constant(in_group, wanted + saved, log2_states)
         except ValueError as error:
             raise WeightsError(f"{group}: {error}; ask for other bits") from None
         constants |= {matrices[i].name: c for i in members}
     return constants
+
+
+def _saved(
+    quantizer: Quantizer,
+    matrices: list[layout.Matrix],
+    histograms: list[Histogram],
+    c: float,
+    log2_states: int,
+) -> float:
+    """By how many bits a weight the quantizer stays below what rounding would take, by samples."""
+    kinds: dict[str, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        kinds.setdefault(matrix.name.rpartition(".")[2], []).append(i)
+    saved, n_weights = 0.0, 0
+    for members in kinds.values():
+        probes = members[:: -(-len(members) // _PROBES)]
+
+        def taken(i: int) -> float:
+            every = max(1, matrices[i].rows // _PROBE_ROWS)
+            coded = encode_matrix(*quantizer.integers(matrices[i], c, every), log2_states)
+            return coded.bits_per_weight
+
+        rounded = [
+            predicted_bits(histograms[i], c, log2_states)
+            / (histograms[i].rows * histograms[i].cols)
+            for i in probes
+        ]
+        of_kind = sum(matrices[i].rows * matrices[i].cols for i in members)
+        saved += of_kind * float(np.mean(np.subtract(rounded, list(in_order(taken, probes)))))
+        n_weights += of_kind
+    return saved / n_weights
 
 
 def _encode(

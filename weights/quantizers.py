@@ -33,9 +33,9 @@ class Quantizer(Protocol):
     def histogram(self, matrix: layout.Matrix) -> Histogram: ...
 
     def integers(
-        self, matrix: layout.Matrix, c: float
+        self, matrix: layout.Matrix, c: float, every: int = 1
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
-        """(rows, cols) integers and (rows,) scales."""
+        """(rows, cols) integers and (rows,) scales, of the rows 0, every, 2 every, ..."""
         ...
 
     def vector(self, name: str) -> Array: ...
@@ -55,9 +55,9 @@ class Plain:
         return histogram(w, root_mean_squares(w))
 
     def integers(
-        self, matrix: layout.Matrix, c: float
+        self, matrix: layout.Matrix, c: float, every: int = 1
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
-        w = read_fused(self._source, matrix)
+        w = read_fused(self._source, matrix)[::every]
         scale = row_steps(root_mean_squares(w), c)
         return quantize(w, scale), scale
 
@@ -86,13 +86,13 @@ class Whitened:
         return histogram(self._read(matrix), whitening.unit_steps)
 
     def integers(
-        self, matrix: layout.Matrix, c: float
+        self, matrix: layout.Matrix, c: float, every: int = 1
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
         whitening = self._equalized.whitening(matrix)
         if whitening is None:
-            return self._plain.integers(matrix, c)
-        scale = row_steps(whitening.unit_steps, c)
-        w = self._read(matrix)
+            return self._plain.integers(matrix, c, every)
+        scale = row_steps(whitening.unit_steps[::every], c)
+        w = self._read(matrix)[::every]
         q = quantize_whitened(w, whitening.inverse_factor, scale.astype(np.float32))
         return q, scale
 
