@@ -57,8 +57,8 @@ def from_pairs(
 ) -> npt.NDArray[np.int32]:
     """Decode entries (steps, rows), raw bits (steps / 2, rows) -> q less outliers."""
     q = np.empty((2 * len(entries), entries.shape[1]), np.int32)
-    q[0::2] = entries >> 8 & 31
-    q[1::2] = entries >> 16 & 31
+    q[0::2] = entries >> 5 & 255
+    q[1::2] = entries >> 13 & 255
     q += min_symbol
     q <<= raw_bits
     for i in range(QUAD):

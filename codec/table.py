@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 MARGINAL_TOTAL = 1 << 16  # sum of a marginal
-MAX_SYMBOLS = 32  # a symbol has 5 bits in an entry of the decode table
+MAX_SYMBOLS = 32  # of a marginal: more would leave too few states for each pair
 RARE = 32  # a pair due less than 1/RARE of a state gets none
 
 IntArray = npt.NDArray[np.int64]
@@ -73,14 +73,14 @@ def pair_frequencies(marginal: npt.NDArray[np.uint16], log2_states: int) -> IntA
 def decode_table(marginal: npt.NDArray[np.uint16], log2_states: int) -> npt.NDArray[np.uint32]:
     """One entry per state (2^P,); the next state is base + the next nbits bits of the stream.
 
-    Bits 0..4 nbits, 8..12 symbol0, 16..20 symbol1, 21..31 base; for P = 12, where nbits >= 1 makes
-    every base even, base / 2.
+    Bits 0..4 nbits, 5..12 symbol0, 13..20 symbol1, 21..31 base; for P = 12, where nbits >= 1 makes
+    every base even, base / 2. A symbol has a byte, so that a float's exponent fits in its place.
     """
     pair, x = _spread(marginal, log2_states)
     nbits = log2_states - _floor_log2(x)
     base = (x << nbits) - (1 << log2_states)
     symbol0, symbol1 = np.divmod(pair, marginal.size)
-    entries = nbits | symbol0 << 8 | symbol1 << 16 | base >> (log2_states - 11) << 21
+    entries = nbits | symbol0 << 5 | symbol1 << 13 | base >> (log2_states - 11) << 21
     return entries.astype(np.uint32)
 
 

@@ -66,7 +66,7 @@ def test_format_example_is_walked_through_bit_by_bit(coded: CodedMatrix) -> None
             before, state = state, base + int(field, 2)
             lines.append(
                 f"| {row} | {raw}| {column}, {column + 1} | {before} | {entry:08x} | {nbits} "
-                f"| {entry >> 8 & 31} {entry >> 16 & 31} | {base} | {field} | {state} |"
+                f"| {entry >> 5 & 255} {entry >> 13 & 255} | {base} | {field} | {state} |"
             )
         assert state == 0
     assert "\n".join(lines) in FORMAT

@@ -6,9 +6,9 @@
 override n_states: u32;  // 2048 or 4096
 override raw_bits: u32;  // 0..4 low bits per weight that are stored as they are
 
-// A table entry: nbits in bits 0..4 | symbol 0 in 8..12 | symbol 1 in 16..20 | base in 21..31.
+// A table entry: nbits in bits 0..4 | symbol 0 in 5..12 | symbol 1 in 13..20 | base in 21..31.
 // nbits sits lowest so that the entry itself is the shift amount; with 2^12 states base is even and stored halved.
-const SYMBOLS: u32 = 0x1F1Fu;
+const SYMBOLS: u32 = 0xFFFFu;
 const NBITS: u32 = 31u;
 
 fn entry_base(entry: u32) -> u32 {
@@ -23,7 +23,7 @@ fn next_state(entry: u32, window: u32) -> u32 {
 
 // Four symbols, one a byte, from the entries of two pairs.
 fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
-  return ((pair0 >> 8u) & SYMBOLS) | ((pair1 << 8u) & (SYMBOLS << 16u));
+  return ((pair0 >> 5u) & SYMBOLS) | ((pair1 << 11u) & (SYMBOLS << 16u));
 }
 
 // The 4 * raw_bits leading bits of the window, weight 0 lowest, spread to one field a byte.
