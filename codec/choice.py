@@ -38,16 +38,20 @@ class Code(NamedTuple):
 
 
 def choose_code(
-    counts: npt.NDArray[np.integer] | FloatArray, lowest: int, log2_states: int
+    counts: npt.NDArray[np.integer] | FloatArray,
+    lowest: int,
+    log2_states: int,
+    max_raw_bits: int = MAX_RAW_BITS,
 ) -> Code:
     """The code for counts[i] weights of lowest + i, |lowest + i| <= MAX_INTEGER.
 
     The one of fewest bits, except that more than FAST_RAW_BITS raw bits have to be worth it.
+    With fewer `max_raw_bits` integers must be smaller: |lowest + i| >> max_raw_bits <= _MAX_HIGH.
     """
     n_weights = float(counts.sum())
     q = np.arange(counts.size) + lowest
     best = Code(0, 0, 0, np.inf)
-    for raw_bits in range(MAX_RAW_BITS + 1):
+    for raw_bits in range(max_raw_bits + 1):
         high = q >> raw_bits
         if max(-high[0], high[-1]) > _MAX_HIGH:
             continue

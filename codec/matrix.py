@@ -77,11 +77,15 @@ class CodedMatrix:
 
 
 def encode_matrix(
-    q: npt.NDArray[np.integer], scale: npt.NDArray[np.floating], log2_states: int = 12
+    q: npt.NDArray[np.integer],
+    scale: npt.NDArray[np.floating],
+    log2_states: int = 12,
+    max_raw_bits: int = MAX_RAW_BITS,
 ) -> CodedMatrix:
     """Integers (rows, cols) and the rows' scale (rows,) -> the matrix in its cheapest code.
 
     Raises ValueError for what no code can hold: too many columns, or integers beyond MAX_INTEGER.
+    (Of the codes with at most `max_raw_bits`, which must suffice for the integers: `choose_code`.)
     """
     rows, cols = q.shape
     if rows < 1 or not 1 <= cols <= MAX_COLS or scale.shape != (rows,):
@@ -95,7 +99,7 @@ def encode_matrix(
     counts = np.zeros(highest - lowest + 1, np.int64)
     for chunk in _chunks(rows, cols):
         counts += np.bincount((q[chunk] - lowest).ravel(), minlength=counts.size)
-    code = choose_code(counts, lowest, log2_states)
+    code = choose_code(counts, lowest, log2_states, max_raw_bits)
     symbol = (np.arange(counts.size) + lowest >> code.raw_bits) - code.min_symbol
     symbol_counts = np.zeros(code.n_symbols, np.int64)
     np.add.at(symbol_counts, np.clip(symbol, 0, code.n_symbols - 1), counts)
@@ -131,6 +135,14 @@ def encode_matrix(
 
 def decode_matrix(m: CodedMatrix) -> npt.NDArray[np.int32]:
     """q (rows, cols), exactly as it was encoded."""
+    q = decode_streams(m)
+    remainder = (m.outliers >> 16).astype(np.uint16).view(np.int16).astype(np.int32)
+    q[outlier_places(m)] += remainder << m.raw_bits
+    return q
+
+
+def decode_streams(m: CodedMatrix) -> npt.NDArray[np.int32]:
+    """q (rows, cols) without what outliers add to it."""
     check(m)
     table = decode_table(m.marginal, m.log2_states)
     q = np.empty((m.rows, m.cols), np.int32)
@@ -139,9 +151,13 @@ def decode_matrix(m: CodedMatrix) -> npt.NDArray[np.int32]:
         visited, raw = decoder.run(n_steps(m.cols))
         _check_ends(m, chunk, decoder)
         q[chunk] = from_pairs(table[visited], raw, m.raw_bits, m.min_symbol)[: m.cols].T
-    remainder = (m.outliers >> 16).astype(np.uint16).view(np.int16).astype(np.int32)
-    q[_outlier_places(m)] += remainder << m.raw_bits
     return q
+
+
+def outlier_places(m: CodedMatrix) -> tuple[IntArray, IntArray]:
+    """Row and column of each outlier."""
+    row = np.repeat(np.arange(m.rows, dtype=np.int64), m.outlier_counts)
+    return row, (m.outliers & 0xFFFF).astype(np.int64)
 
 
 def dequantize(m: CodedMatrix) -> npt.NDArray[np.float32]:
@@ -225,7 +241,7 @@ def check(m: CodedMatrix) -> None:
     first, last = m.outlier_offsets[0], m.outlier_offsets[-1]
     offsets_fit = first == 0 and m.outlier_counts.min() >= 0 and last == m.outliers.size
     require(offsets_fit, f"outliers {first} to {last}", f"0 to {m.outliers.size}, rising")
-    row, column = _outlier_places(m)
+    row, column = outlier_places(m)
     require((column < m.cols).all(), f"an outlier beyond column {m.cols - 1}", "none")
     rising = np.diff(row * m.cols + column) > 0
     require(rising.all(), "outliers out of order", "rising rows and columns")
@@ -253,9 +269,3 @@ def _check_ends(m: CodedMatrix, rows: slice, decoder: ans.Decoder) -> None:
             f"row {rows.start + r} ends after {found[r]} bits in state {decoder.states[r]}:"
             f" expected {expected[r]} bits and state 0"
         )
-
-
-def _outlier_places(m: CodedMatrix) -> tuple[IntArray, IntArray]:
-    """Row and column of each outlier."""
-    row = np.repeat(np.arange(m.rows, dtype=np.int64), m.outlier_counts)
-    return row, (m.outliers & 0xFFFF).astype(np.int64)

@@ -14,7 +14,7 @@ struct Params {
   cols: u32,
   n_segments: u32,
   segment_blocks: u32,
-  min_symbol: i32,
+  offset: i32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -41,7 +41,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   for (var column = begin; column < end; column += 16u) {
     let w = decode16(&s);
     for (var k = 0u; k < min(16u, end - column); k++) {
-      let value = i32(weight_at(w, k)) + (params.min_symbol << raw_bits);
+      let value = i32(weight_at(w, k)) + params.offset;
       x[id.y * params.cols + column + k] = f32(value) * row.scale;
     }
   }

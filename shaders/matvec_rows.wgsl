@@ -6,6 +6,7 @@
 //#import ans
 //#import stream_wide
 //#import matrix
+//#import sums
 //#import dot
 
 const LANES = 8u;  // one AVX2 vector; the rows that interleave
