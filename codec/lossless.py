@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from codec import fields
-from codec.matrix import CodedMatrix, check, decode_streams, encode_matrix, outlier_places
+from codec.matrix import (
+    CodedMatrix,
+    check,
+    decode_streams,
+    dequantize,
+    encode_matrix,
+    outlier_places,
+)
 from codec.table import MAX_SYMBOLS, decode_table
 
 MANTISSA_BITS = 23  # of a float32
@@ -75,6 +82,9 @@ class LosslessMatrix:
         return self.stored_bits / self.n_weights
 
 
+AnyMatrix = CodedMatrix | LosslessMatrix
+
+
 def encode_lossless(w: FloatArray, log2_states: int = 12) -> LosslessMatrix:
     """W (rows, cols) -> the same in code. ValueError: NaN, infinity, or too many columns."""
     rows, cols = w.shape
@@ -120,6 +130,11 @@ def decode_lossless(m: LosslessMatrix) -> FloatArray:
         left_aligned <<= np.uint32(32 - m.field_bits)
         w[chunk] |= left_aligned & _SIGN | left_aligned >> np.uint32(8) & _MANTISSA
     return w.view(np.float32)
+
+
+def to_floats(m: AnyMatrix) -> FloatArray:
+    """W (rows, cols) as the engine sees it, whichever way it is coded."""
+    return decode_lossless(m) if isinstance(m, LosslessMatrix) else dequantize(m)
 
 
 def check_lossless(m: LosslessMatrix) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from codec.lossless import LosslessMatrix, exponent_table
+from codec.lossless import AnyMatrix, LosslessMatrix, exponent_table
 from codec.matrix import CodedMatrix
 from codec.table import decode_table
 from engine.device import STORAGE, UNIFORM, Device
@@ -105,7 +105,7 @@ class GpuMatrix:
         self,
         kernels: Kernels,
         name: str,
-        matrix: CodedMatrix | LosslessMatrix,
+        matrix: AnyMatrix,
         *,
         one_split: bool = False,
     ) -> None:

@@ -2,6 +2,7 @@
 
 Two passes over the source, matrix by matrix: histograms, from which the step constants follow for
 the asked rates; then the code itself. Memory holds a few matrices at a time, never the model.
+Without loss there is nothing to measure, and the second pass is all.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
+from codec.lossless import AnyMatrix, LosslessMatrix, decode_lossless, encode_lossless
 from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
 from codec.quantize import Histogram, bisect_constant, histogram, quantize, row_steps
 from engine.errors import EngineError, WeightsError
@@ -32,7 +34,8 @@ from weights.store import WeightsFile, write_weights
 # give another file.
 RECIPE_VERSION = 1
 
-DEFAULT_BITS = 5.0  # stored bits per weight of the blocks
+Bits = float | Literal["lossless"]  # stored per weight of the blocks
+DEFAULT_BITS = 5.0
 # Of the embedding and an untied head, which are never coarser than the blocks. For the default
 # model at 5 bits, 6 here cost a twentieth of the divergence that the blocks cost.
 LEAST_EMBED_BITS = 6.0
@@ -48,7 +51,7 @@ R = TypeVar("R")
 def convert(
     source: Source,
     out: str | Path,
-    bits: float = DEFAULT_BITS,
+    bits: Bits = DEFAULT_BITS,
     embed_bits: float | None = None,
     log2_states: int = DEFAULT_LOG2_STATES,
     progress: bool = True,
@@ -57,33 +60,39 @@ def convert(
 
     The matrices of all blocks together take `bits` per weight, everything stored counted in; the
     embedding and an untied head take `embed_bits` each, by default as many, but at least
-    LEAST_EMBED_BITS. `progress` shows a bar on a terminal.
+    LEAST_EMBED_BITS. With "lossless" every weight of all matrices stays the float32 that the source
+    gives, bit for bit. `progress` shows a bar on a terminal.
     WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written.
     """
-    if embed_bits is None:
-        embed_bits = max(bits, LEAST_EMBED_BITS)
-    for name, rate in (("bits", bits), ("embed-bits", embed_bits)):
-        if not MIN_BITS <= rate <= MAX_BITS:
-            raise WeightsError(
-                f"{name} is {rate:g}, expected {MIN_BITS:g} to {MAX_BITS:g} bits per weight"
-            )
+    rates = None
+    if bits != "lossless":
+        rates = bits, max(bits, LEAST_EMBED_BITS) if embed_bits is None else embed_bits
+        _check_rates(*rates)
+    elif embed_bits is not None:
+        raise WeightsError(f"embed-bits is {embed_bits:g}, but lossless holds for all matrices")
     matrices = layout.matrices(source.config)
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     with bar:
-        measured = bar.track(
-            _in_order(lambda matrix: _histogram(source, matrix), matrices),
-            total=len(matrices),
-            description="measuring",
-        )
-        constants = _constants(matrices, list(measured), bits, embed_bits, log2_states)
+        constants: dict[str, float] = {}
+        if rates:
+            measured = bar.track(
+                _in_order(lambda matrix: _histogram(source, matrix), matrices),
+                total=len(matrices),
+                description="measuring",
+            )
+            constants = _constants(matrices, list(measured), *rates, log2_states)
+
+        def encode(matrix: layout.Matrix) -> tuple[AnyMatrix, MatrixReport]:
+            if rates:
+                return _encode(source, matrix, constants[matrix.name], log2_states)
+            return _encode_lossless(source, matrix, log2_states)
+
         encoded = bar.track(
-            _in_order(lambda m: _encode(source, m, constants[m.name], log2_states), matrices),
-            total=len(matrices),
-            description="encoding",
+            _in_order(encode, matrices), total=len(matrices), description="encoding"
         )
         reports: list[MatrixReport] = []
 
-        def reported() -> Iterator[tuple[str, CodedMatrix]]:
+        def reported() -> Iterator[tuple[str, AnyMatrix]]:
             for coded, report in encoded:
                 reports.append(report)
                 yield report.name, coded
@@ -98,6 +107,14 @@ def convert(
             source=source.name,
         )
     return reports
+
+
+def _check_rates(bits: float, embed_bits: float) -> None:
+    for name, rate in (("bits", bits), ("embed-bits", embed_bits)):
+        if not MIN_BITS <= rate <= MAX_BITS:
+            raise WeightsError(
+                f"{name} is {rate:g}, expected {MIN_BITS:g} to {MAX_BITS:g} bits per weight"
+            )
 
 
 def _constants(
@@ -143,6 +160,19 @@ def _encode(
     return coded, describe(matrix.name, coded, q)
 
 
+def _encode_lossless(
+    source: Source, matrix: layout.Matrix, log2_states: int
+) -> tuple[LosslessMatrix, MatrixReport]:
+    w = _fused(source, matrix)
+    try:
+        coded = encode_lossless(w, log2_states)
+    except ValueError as error:
+        raise WeightsError(f"{matrix.name}: {error}") from None
+    if not np.array_equal(decode_lossless(coded).view(np.uint32), w.view(np.uint32)):
+        raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
+    return coded, describe(matrix.name, coded, w)
+
+
 def _fused(source: Source, matrix: layout.Matrix) -> Array:
     """The source's tensors stacked to (rows, cols)."""
     parts = [_read(source, name) for name, _ in matrix.parts]
@@ -176,6 +206,11 @@ def _in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def parse_bits(text: str) -> Bits:
+    """What `--bits` takes; argparse makes a ValueError the error that it is."""
+    return "lossless" if text == "lossless" else float(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m weights.convert",
@@ -186,9 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument(
         "--bits",
-        type=float,
+        type=parse_bits,
         default=DEFAULT_BITS,
-        help="stored bits per weight of the blocks, 2 to 8 (default %(default)s)",
+        help="stored bits per weight of the blocks, 2 to 8 (default %(default)s), or `lossless`: "
+        "all weights bit for bit",
     )
     parser.add_argument(
         "--embed-bits",
