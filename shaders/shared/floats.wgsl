@@ -21,28 +21,46 @@ fn first_chunk(index: u32) -> u32 { return (index >> 5u) * params.row_chunks * 3
 // Columns 16 * group .. + 15, to which the stream must have come; outliers have wrong exponents still.
 fn decode_floats(s: ptr<function, Stream>, chunk: u32, group: u32) -> Floats {
   let exponents = decode16(s).high;
+  var words = group_words(chunk, group);
   return Floats(
-    floats4(exponents.x, fields4(chunk, 4u * group)),
-    floats4(exponents.y, fields4(chunk, 4u * group + 1u)),
-    floats4(exponents.z, fields4(chunk, 4u * group + 2u)),
-    floats4(exponents.w, fields4(chunk, 4u * group + 3u)));
+    floats4(exponents.x, fields4(&words, 0u)),
+    floats4(exponents.y, fields4(&words, 4u)),
+    floats4(exponents.z, fields4(&words, 8u)),
+    floats4(exponents.w, fields4(&words, 12u)));
 }
 
-// The fields of columns 4 * quad .. + 3, each from bit 31 down; what is below is not theirs.
-fn fields4(chunk: u32, quad: u32) -> vec4<u32> {
-  if (field_bits == 8u) {
-    return vec4<u32>(field_word(chunk, quad)) << vec4<u32>(0u, 8u, 16u, 24u);
+alias Words = array<u32, 13>;  // of sixteen fields, and one to shift from
+
+// The words of columns 16 * group .. + 15, from bit 31 of the first one on.
+fn group_words(chunk: u32, group: u32) -> Words {
+  var words: Words;
+  if (field_bits == 8u) {  // a group is a chunk
+    let four = mantissas[chunk + 32u * group];
+    words[0] = four.x;
+    words[1] = four.y;
+    words[2] = four.z;
+    words[3] = four.w;
+    return words;
   }
-  return vec4<u32>(field(chunk, 4u * quad), field(chunk, 4u * quad + 1u), field(chunk, 4u * quad + 2u),
-                   field(chunk, 4u * quad + 3u));
+  let n_words = (field_bits + 1u) / 2u;
+  for (var i = 0u; i < n_words; i++) { words[i] = field_word(chunk, group * field_bits / 2u + i); }
+  if ((group & field_bits & 1u) == 1u) {  // it starts in the middle of a word
+    for (var i = 0u; i < n_words; i++) { words[i] = (words[i] << 16u) | (words[i + 1u] >> 16u); }
+  }
+  return words;
 }
 
-fn field(chunk: u32, column: u32) -> u32 {
-  let bit = column * field_bits;
+// Fields i .. i + 3 of a group, each from bit 31 down; what is below is not theirs.
+fn fields4(words: ptr<function, Words>, i: u32) -> vec4<u32> {
+  return vec4<u32>(field_at(words, i * field_bits), field_at(words, (i + 1u) * field_bits),
+                   field_at(words, (i + 2u) * field_bits), field_at(words, (i + 3u) * field_bits));
+}
+
+fn field_at(words: ptr<function, Words>, bit: u32) -> u32 {
   let position = bit & 31u;
-  var bits = field_word(chunk, bit >> 5u) << position;
-  if (position + field_bits > 32u) { bits |= field_word(chunk, (bit >> 5u) + 1u) >> (32u - position); }
-  return bits;
+  let field = (*words)[bit >> 5u] << position;
+  if (position + field_bits <= 32u) { return field; }
+  return field | ((*words)[(bit >> 5u) + 1u] >> (32u - position));
 }
 
 fn field_word(chunk: u32, i: u32) -> u32 { return mantissas[chunk + 32u * (i >> 2u)][i & 3u]; }
@@ -55,5 +73,7 @@ fn floats4(exponents: u32, fields: vec4<u32>) -> vec4<f32> {
 
 // An outlier is column | exponent field that the stream has << 16 | the true one << 24; here as weights, in this order.
 fn outlier_floats(chunk: u32, outlier: u32) -> vec2<f32> {
-  return floats4(outlier >> 16u, vec4<u32>(field(chunk, outlier_column(outlier)))).xy;
+  let column = outlier_column(outlier);
+  var words = group_words(chunk, column >> 4u);
+  return floats4(outlier >> 16u, vec4<u32>(field_at(&words, (column & 15u) * field_bits))).xy;
 }
