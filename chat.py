@@ -313,6 +313,7 @@ def _within(kind: type[float], low: float, high: float = 2**32 - 1) -> Callable[
 
 
 def _bits(text: str) -> float | str:
+    """An argparse type: a rate, or the word for all of the weights' bits."""
     return text if text == "lossless" else _within(float, 1, 16)(text)
 
 
@@ -325,8 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     count = _within(int, 1)
     add("--model", default="smollm2", help="weights file or name of a model (%(default)s)")
-    help_bits = "stored bits per weight, or lossless, when it is converted"
-    add("--bits", type=_bits, help=help_bits)
+    add("--bits", type=_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=count, metavar="N", help="tokens of prompt and answer together")
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")

@@ -183,9 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="weights file or model (%(default)s)")
-    add(
-        "--bits", type=parse_bits, help="stored bits per weight or `lossless`, when it is converted"
-    )
+    bits = "stored bits per weight, or lossless, when it is converted"
+    add("--bits", type=parse_bits, help=bits)
     add("--pp", type=int, nargs="*", default=[128], metavar="N", help="prompt lengths (128)")
     add("--tg", type=int, nargs="*", default=[64], metavar="N", help="tokens to generate (64)")
     add("--depth", type=int, nargs="*", default=[0], metavar="N", help="tokens before them (0)")

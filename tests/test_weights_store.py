@@ -37,6 +37,23 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny.safetensors"
 
 
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lossless")
+    tensors = random_tensors(SMALL)
+    tensors["model.layers.0.self_attn.v_proj.weight"][[19, 3], [39, 5]] = -1e30, 1e-30
+    source = open_source(write_hf_folder(folder / "tiny", SMALL, tensors, "bfloat16"))
+    convert(source, folder / "tiny.safetensors", bits="lossless")
+    return folder / "tiny.safetensors"
+
+
+@pytest.fixture(params=["path", "lossless"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """A file of quantized matrices, and one of matrices without loss."""
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
 def test_store_opens_its_file(path: Path) -> None:
     file = WeightsFile.open(str(path))
     assert file.path == path
@@ -47,8 +64,17 @@ def test_store_opens_its_file(path: Path) -> None:
         file.matrix("model.layers.1.self_attn.qkv_proj")
 
 
-def test_store_counts_every_bit_of_a_matrix(path: Path) -> None:
-    file = WeightsFile.open(path)
+def test_store_opens_a_file_without_loss(lossless: Path, path: Path) -> None:
+    file = WeightsFile.open(lossless)
+    assert file.lossless and not WeightsFile.open(path).lossless
+    matrix = file.matrix(QKV)
+    assert matrix.mantissa_bits == 7
+    assert matrix.exponents.outliers.size >= 1
+    assert not matrix.mantissas.flags.owndata
+
+
+def test_store_counts_every_bit_of_a_matrix(either: Path) -> None:
+    file = WeightsFile.open(either)
     blocks = [name for name in file.matrix_names if "layers" in name]
     for name in file.matrix_names:
         assert file.stored_bits(name) == file.matrix(name).stored_bits
@@ -68,8 +94,8 @@ def test_store_file_is_an_ordinary_safetensors_file(path: Path) -> None:
         assert zlib.decompress(theirs.get_tensor("tokenizer.json").tobytes()) == file.tokenizer_json
 
 
-def test_store_aligns_every_tensor(path: Path) -> None:
-    for entry in read_container(path).entries.values():
+def test_store_aligns_every_tensor(either: Path) -> None:
+    for entry in read_container(either).entries.values():
         assert entry.values.flags.aligned
 
 
@@ -79,8 +105,8 @@ def refused(path: Path, data: bytes | bytearray) -> None:
         WeightsFile.open(path)
 
 
-def test_store_refuses_a_file_cut_anywhere(path: Path, tmp_path: Path) -> None:
-    data = path.read_bytes()
+def test_store_refuses_a_file_cut_anywhere(either: Path, tmp_path: Path) -> None:
+    data = either.read_bytes()
     end_of_header = 8 + int.from_bytes(data[:8], "little")
     rng = np.random.default_rng(0)
     lengths = {0, 1, 7, 8, 9, end_of_header - 1, end_of_header, end_of_header + 1, len(data) - 1}
@@ -100,8 +126,8 @@ def test_store_refuses_a_flipped_bit_anywhere_in_the_header(path: Path, tmp_path
         refused(tmp_path / "flipped", flipped)
 
 
-def test_store_refuses_a_flipped_bit_in_any_tensor(path: Path, tmp_path: Path) -> None:
-    data = path.read_bytes()
+def test_store_refuses_a_flipped_bit_in_any_tensor(either: Path, tmp_path: Path) -> None:
+    data = either.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     del header["__metadata__"]
@@ -227,6 +253,61 @@ def test_store_refuses_facts_that_do_not_fit(
         WeightsFile.open(out)
 
 
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def make_quantized(path: Path) -> Callable[[dict[str, Any], Tensors], object]:
+    """An edit that takes one matrix from the quantized file at `path`."""
+
+    def edit(metadata: dict[str, Any], tensors: Tensors) -> None:
+        container = read_container(path)
+        metadata["matrices"][DOWN] = json.loads(container.metadata["matrices"])[DOWN]
+        del tensors[f"{DOWN}.mantissas"]
+        for part in ("words", "side", "outliers", "marginal", "scale"):
+            entry = container.entries[f"{DOWN}.{part}"]
+            tensors[f"{DOWN}.{part}"] = (entry.dtype, entry.values)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda m, t: m["matrices"][QKV].pop("anchor"), r"not expected: .*mantissas"),
+        (lambda m, t: t.pop(f"{QKV}.mantissas"), r"missing: .*mantissas"),
+        (lambda m, t: t.update({f"{QKV}.scale": t["model.norm.weight"]}), r"not expected: .*scale"),
+        (set_field("rows", 79), QKV),
+        (set_field("anchor", 0), "anchor"),
+        (set_field("anchor", 255), "anchor"),
+        (set_field("anchor", 1), "exponent fields"),
+        (set_field("anchor", "120"), "whole numbers"),
+        (set_field("min_symbol", -99), QKV),
+        (set_field("mantissa_bits", -1), "mantissa_bits"),
+        (set_field("mantissa_bits", 24), "mantissa_bits"),
+        (set_field("mantissa_bits", 8), "mantissas"),
+        (set_tensor(f"{QKV}.mantissas", lambda v: v[:-1]), "mantissas"),
+        (set_tensor(f"{QKV}.mantissas", lambda v: v.astype("u2"), "U16"), "expected U32"),
+        (set_tensor(f"{QKV}.words", lambda v: v[:-1]), "words"),
+        (set_tensor(f"{QKV}.side", lambda v: v[:-1]), QKV),
+        (set_tensor(f"{QKV}.outliers", lambda v: v[:-1]), "outliers"),
+        (set_tensor(f"{QKV}.outliers", lambda v: v | 0xFFFF), "outlier"),
+        (set_tensor(f"{QKV}.outliers", lambda v: v | 255 << 24), "not a finite number"),
+    ],
+)
+def test_store_refuses_facts_that_do_not_fit_without_loss(
+    lossless: Path, tmp_path: Path, edit: Callable[[dict[str, Any], Tensors], object], named: str
+) -> None:
+    assert WeightsFile.open(rewrite(lossless, lambda m, t: None, tmp_path / "same")).lossless
+    with pytest.raises(WeightsError, match=named):
+        WeightsFile.open(rewrite(lossless, edit, tmp_path / "wrong"))
+
+
+def test_store_refuses_matrices_of_both_kinds(path: Path, lossless: Path, tmp_path: Path) -> None:
+    out = rewrite(lossless, make_quantized(path), tmp_path / "mixed")
+    with pytest.raises(WeightsError, match="some matrices are quantized"):
+        WeightsFile.open(out)
+
+
 def test_store_refuses_outliers_out_of_order(path: Path, tmp_path: Path) -> None:
     # The same outlier twice in one row.
     matrix = WeightsFile.open(path).matrix(QKV)
@@ -255,9 +336,9 @@ def test_store_refuses_side_information_of_noise(path: Path, tmp_path: Path) -> 
 
 
 def test_inspect_finds_streams_that_do_not_end(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    either: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = rewrite(path, set_tensor(f"{QKV}.words", lambda words: ~words), tmp_path / "wrong")
+    out = rewrite(either, set_tensor(f"{QKV}.words", lambda words: ~words), tmp_path / "wrong")
     WeightsFile.open(out)  # of the words themselves, opening checks the CRC only
     assert inspect.main([str(out)]) == 1
     error = capsys.readouterr().err
