@@ -183,8 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="weights file or model (%(default)s)")
-    bits = "stored bits per weight, or lossless, when it is converted"
-    add("--bits", type=parse_bits, help=bits)
+    bits_help = "stored bits per weight, or lossless, when it is converted"
+    add("--bits", type=parse_bits, help=bits_help)
     add("--pp", type=int, nargs="*", default=[128], metavar="N", help="prompt lengths (128)")
     add("--tg", type=int, nargs="*", default=[64], metavar="N", help="tokens to generate (64)")
     add("--depth", type=int, nargs="*", default=[0], metavar="N", help="tokens before them (0)")

@@ -136,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--text", required=True, metavar="FILE", help="a text in UTF-8")
     add("--tokens", type=int, default=8192, metavar="N", help="how much of it (%(default)s)")
     add("--window", type=int, default=1024, metavar="N", help="tokens at once (%(default)s)")
-    bits = "stored bits per weight, or lossless, when the model is converted"
-    add("--bits", type=parse_bits, help=bits)
+    bits_help = "stored bits per weight, or lossless, when the model is converted"
+    add("--bits", type=parse_bits, help=bits_help)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
     add("--json", action="store_true", help="print one line of JSON instead of a table")

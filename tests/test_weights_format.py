@@ -11,16 +11,24 @@ import numpy as np
 import pytest
 
 import weights
-from codec.matrix import CodedMatrix, decode_matrix, dequantize, encode_matrix, pack_side
+from codec.lossless import encode_lossless
+from codec.matrix import (
+    CodedMatrix,
+    decode_matrix,
+    decode_streams,
+    dequantize,
+    encode_matrix,
+    pack_side,
+)
 from codec.table import decode_table
 
 FORMAT = (Path(weights.__file__).parent / "FORMAT.md").read_text("utf-8")
-(JSON,) = re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL)
+QUANTIZED, LOSSLESS = map(json.loads, re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL))
 
 
 @pytest.fixture(scope="module")
 def example() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(JSON)
+    found: dict[str, Any] = QUANTIZED
     return found
 
 
@@ -135,3 +143,44 @@ def test_format_words_suffice_to_decode(spread: float, cols: int, log2_states: i
             remainder = (outlier >> 16) - (outlier >> 31 << 16)
             decoded[outlier & 0xFFFF] += remainder << b
         assert decoded[:cols] == q[row].tolist()
+
+
+def test_format_example_without_loss_is_what_the_code_makes() -> None:
+    bits = [[int(word, 16) for word in row.split()] for row in LOSSLESS["bits"]]
+    w = np.array(bits, np.uint32).view(np.float32)
+    assert w.tolist() == [[1.5, -0.75, 0, 1], [0, 0.375, 1, -1.5 * 2.0**100]]
+    m = encode_lossless(w, LOSSLESS["log2_states"])
+    assert (m.rows, m.cols) == (LOSSLESS["rows"], LOSSLESS["cols"])
+    assert (m.anchor, m.mantissa_bits) == (LOSSLESS["anchor"], LOSSLESS["mantissa_bits"])
+    assert m.exponents.min_symbol == LOSSLESS["min_symbol"]
+    assert hexadecimal(m.exponents.words) == LOSSLESS["words"]
+    assert hexadecimal(pack_side(m.exponents)) == LOSSLESS["side"]
+    assert hexadecimal(m.exponents.outliers) == LOSSLESS["outliers"]
+    assert m.exponents.marginal.tolist() == LOSSLESS["marginal"]
+    assert hexadecimal(m.mantissas) == LOSSLESS["mantissas"]
+
+
+@pytest.mark.parametrize("mantissa_bits", [0, 7, 10, 23])
+def test_format_words_suffice_to_decode_without_loss(mantissa_bits: int) -> None:
+    """The streams are those of any matrix; here it is what becomes of their integers."""
+    rng = np.random.default_rng(mantissa_bits)
+    bits = (rng.normal(size=(11, 70)).astype(np.float32)).view(np.uint32)
+    bits &= np.uint32(0xFFFFFFFF << 23 - mantissa_bits & 0xFFFFFFFF)
+    bits[3, 5], bits[4, :40], bits[5, 69] = 0xFE << 23, 1 << 31, 1 << 23
+    m = encode_lossless(bits.view(np.float32), 11)
+    q = decode_streams(m.exponents).tolist()
+    outliers = m.exponents.outliers.tolist()
+    width = 1 + m.mantissa_bits
+    size = -(-70 * width // 32)
+    for row in range(11):
+        words = m.mantissas[row * size : (row + 1) * size]
+        text = "".join(f"{word:032b}" for word in words)
+        fields = [0 if n == 0 else m.anchor - n + (n > 0) for n in q[row]]
+        for outlier in outliers[slice(*m.exponents.outlier_offsets[row : row + 2])]:
+            assert fields[outlier & 0xFFFF] == outlier >> 16 & 255
+            fields[outlier & 0xFFFF] = outlier >> 24
+        for column, field in enumerate(fields):
+            sign, *mantissa = text[column * width : (column + 1) * width]
+            whole = f"{sign}{field:08b}{''.join(mantissa):0<23}"
+            assert int(whole, 2) == bits[row, column]
+    assert len(outliers) >= 2
