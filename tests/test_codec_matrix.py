@@ -175,7 +175,7 @@ def test_outliers_are_sorted_and_counted():
     for i, place in enumerate(places):
         q[place] = (-1) ** i * (1000 + i)
     m = encode_matrix(q, np.ones(33))
-    row, column = matrix._outlier_places(m)
+    row, column = matrix.outlier_places(m)
     got = list(zip(row.tolist(), column.tolist(), strict=True))
     assert got == sorted(got)
     assert set(places) <= set(got)

@@ -137,7 +137,9 @@ def test_convert_command_names_bits_that_are_none(
 ) -> None:
     with pytest.raises(SystemExit):
         command.main(["smollm2", "out", "--bits", bits])
-    assert "--bits" in capsys.readouterr().err
+    assert (
+        f"argument --bits: expected a number or lossless, found {bits!r}" in capsys.readouterr().err
+    )
 
 
 def test_resolve_keeps_a_model_without_loss_under_its_own_name(

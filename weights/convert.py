@@ -207,8 +207,13 @@ def _in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def parse_bits(text: str) -> Bits:
-    """What `--bits` takes; argparse makes a ValueError the error that it is."""
-    return "lossless" if text == "lossless" else float(text)
+    """An argparse type: what `--bits` takes."""
+    if text == "lossless":
+        return "lossless"
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or lossless, found {text!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
