@@ -18,8 +18,8 @@ FAST_RAW_BITS = (
 # which makes a matvec about half as long again: so many bits a weight must be gained by it
 SLOW_BITS = 0.15
 OUTLIER_BITS = 32
-_MAX_HIGH = 2**15 - MAX_SYMBOLS  # |q >> raw_bits|, for an outlier's remainder to fit 16 bits
-MAX_INTEGER = _MAX_HIGH << MAX_RAW_BITS
+MAX_HIGH = 2**15 - MAX_SYMBOLS  # |q >> raw_bits|, for an outlier's remainder to fit 16 bits
+MAX_INTEGER = MAX_HIGH << MAX_RAW_BITS
 
 # A pair that is due less than one state has one all the same, but at the spread's far end, where
 # it costs about log2(2^P / 0.8) bits: fitted to the exact rates of Gaussian and Laplace tables.
@@ -43,17 +43,16 @@ def choose_code(
     log2_states: int,
     max_raw_bits: int = MAX_RAW_BITS,
 ) -> Code:
-    """The code for counts[i] weights of lowest + i, |lowest + i| <= MAX_INTEGER.
+    """The code for counts[i] weights of lowest + i, |lowest + i| <= MAX_HIGH << max_raw_bits.
 
     The one of fewest bits, except that more than FAST_RAW_BITS raw bits have to be worth it.
-    With fewer `max_raw_bits` integers must be smaller: |lowest + i| >> max_raw_bits <= _MAX_HIGH.
     """
     n_weights = float(counts.sum())
     q = np.arange(counts.size) + lowest
     best = Code(0, 0, 0, np.inf)
     for raw_bits in range(max_raw_bits + 1):
         high = q >> raw_bits
-        if max(-high[0], high[-1]) > _MAX_HIGH:
+        if max(-high[0], high[-1]) > MAX_HIGH:
             continue
         # A pair has at least one bit beside its raw ones, which may settle it.
         if (raw_bits + 0.5) * n_weights > best.bits:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codec import ans, side
-from codec.choice import MAX_INTEGER, MAX_RAW_BITS, choose_code
+from codec.choice import MAX_HIGH, MAX_RAW_BITS, choose_code
 from codec.pairs import QUAD, from_pairs, n_steps, to_pairs
 from codec.table import (
     MARGINAL_TOTAL,
@@ -84,8 +84,8 @@ def encode_matrix(
 ) -> CodedMatrix:
     """Integers (rows, cols) and the rows' scale (rows,) -> the matrix in its cheapest code.
 
-    Raises ValueError for what no code can hold: too many columns, or integers beyond MAX_INTEGER.
-    (Of the codes with at most `max_raw_bits`, which must suffice for the integers: `choose_code`.)
+    Raises ValueError for what no code with at most `max_raw_bits` can hold: too many columns, or
+    integers beyond MAX_HIGH << max_raw_bits.
     """
     rows, cols = q.shape
     if rows < 1 or not 1 <= cols <= MAX_COLS or scale.shape != (rows,):
@@ -94,8 +94,9 @@ def encode_matrix(
             f" expected 1 to {MAX_COLS} columns and a scale for each row"
         )
     lowest, highest = int(q.min()), int(q.max())
-    if max(-lowest, highest) > MAX_INTEGER:
-        raise ValueError(f"q is {lowest} to {highest}: expected at most {MAX_INTEGER} either way")
+    largest = MAX_HIGH << max_raw_bits
+    if max(-lowest, highest) > largest:
+        raise ValueError(f"q is {lowest} to {highest}: expected at most {largest} either way")
     counts = np.zeros(highest - lowest + 1, np.int64)
     for chunk in _chunks(rows, cols):
         counts += np.bincount((q[chunk] - lowest).ravel(), minlength=counts.size)

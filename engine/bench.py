@@ -132,13 +132,15 @@ def _weights_per_token(engine: Engine) -> int:
 
 def _describe(engine: Engine) -> dict[str, Any]:
     """What was measured, and where."""
-    int8 = "exact" if engine.exact else "int8"
+    activations = "exact" if engine.exact else "int8"
+    if engine.weights.lossless:
+        activations = "float32"
     return {
         "model": engine.weights.source,
         "parameters": engine.config.n_params,
         "bits_per_weight_blocks": engine.weights.bits_per_weight(block_only=True),
         "bits_per_weight_file": engine.weights.bits_per_weight(block_only=False),
-        "activations": "float32" if engine.weights.lossless else int8,
+        "activations": activations,
         "context": engine.context,
         "device_bytes": engine.memory().total_bytes,
         "adapter": engine.adapter_name,

@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m weights.inspect",
         description="Show what a weights file holds, and check all of it.",
-        epilog="P/b/n: decode tables of 2^P states, b raw bits per weight, n symbols. Without loss, "
-        "sign and mantissa are raw, and symbols are exponents.",
+        epilog="P/b/n: decode tables of 2^P states, b raw bits per weight, n symbols. "
+        "Without loss, sign and mantissa are raw and symbols are exponents.",
     )
     parser.add_argument("file")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
