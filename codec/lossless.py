@@ -25,7 +25,7 @@ from codec.matrix import (
     encode_matrix,
     outlier_places,
 )
-from codec.table import MAX_SYMBOLS, decode_table
+from codec.table import MAX_SYMBOLS, decode_tables
 
 MANTISSA_BITS = 23  # of a float32
 MAX_EXPONENT = 254  # field of a finite number
@@ -73,9 +73,8 @@ class LosslessMatrix:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of all that a file holds for this matrix; scales, all 1, are not among it."""
-        scales = 16 * self.rows
-        return self.exponents.stored_bits - scales + 32 * self.mantissas.size
+        """Bits of all that a file holds for this matrix."""
+        return self.exponents.stored_bits + 32 * self.mantissas.size
 
     @property
     def bits_per_weight(self) -> float:
@@ -94,7 +93,7 @@ def encode_lossless(w: FloatArray, log2_states: int = 12) -> LosslessMatrix:
         raise ValueError("a weight is not a finite number")
     anchor = _anchor(counts)
     q = _to_counted(anchor)[exponents]
-    coded = encode_matrix(q, unit_scale(rows), log2_states, max_raw_bits=0)
+    coded = encode_matrix(q, np.zeros(rows, np.int16), log2_states, max_raw_bits=0)
     places = outlier_places(coded)
     coded_q = q[places] - (coded.outliers >> 16).astype(np.int16)
     coded_fields = _from_counted(anchor)[coded_q + 255] << np.uint32(16)
@@ -148,7 +147,7 @@ def check_lossless(m: LosslessMatrix) -> None:
         raise ValueError(f"mantissas of {m.mantissas.size} words: expected {m.rows * m.row_words}")
     if m.exponents.raw_bits:
         raise ValueError(f"exponents with {m.exponents.raw_bits} raw bits: expected none")
-    first, last = m.exponents.min_symbol, m.exponents.min_symbol + m.exponents.marginal.size - 1
+    first, last = m.exponents.min_symbol, m.exponents.min_symbol + m.exponents.n_symbols - 1
     if first < m.anchor - MAX_EXPONENT or last > m.anchor:
         raise ValueError(f"symbols {first} to {last} from {m.anchor}: expected exponent fields")
     if (m.exponents.outliers >> 24 > MAX_EXPONENT).any():
@@ -161,20 +160,15 @@ def exponent_fields(w: FloatArray) -> IntArray:
     return (bits & np.uint32(255)).astype(np.int16)
 
 
-def exponent_table(m: LosslessMatrix) -> Words:
-    """`decode_table` (2^P,) with exponent fields in the place of symbols."""
-    table = decode_table(m.exponents.marginal, m.exponents.log2_states)
-    symbols = np.arange(m.exponents.marginal.size)
+def exponent_tables(m: LosslessMatrix) -> Words:
+    """`decode_tables` (n_classes, 2^P) with exponent fields in the place of symbols."""
+    table = decode_tables(m.exponents.marginals, m.exponents.log2_states)
+    symbols = np.arange(m.exponents.n_symbols)
     field = _from_counted(m.anchor)[symbols + m.exponents.min_symbol + 255]
     first, second = field[table >> 5 & 255], field[table >> 13 & 255]
     table &= np.uint32(0xFFE0001F)
     table |= first << np.uint32(5) | second << np.uint32(13)
     return table
-
-
-def unit_scale(rows: int) -> npt.NDArray[np.float16]:
-    """What a `CodedMatrix` wants as scale if its integers stand for themselves (rows,)."""
-    return np.ones(rows, np.float16)
 
 
 def _anchor(counts: npt.NDArray[np.integer]) -> int:

@@ -3,7 +3,8 @@
 On a GPU streams stay as they are in the file. What is added at load is where lanes may enter them:
 every `segment_blocks` * 32 columns of every row, found by one pass over the matrix. On a software
 adapter a lane takes whole rows, and the streams of neighbouring rows are interleaved. Both are the
-adapter's business and not the format's.
+adapter's business and not the format's. On both, rows lie sorted by class, so that a tile, which a
+workgroup decodes, needs one table; their results go to where they belong.
 
 Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
 and their activations are f32; streams, entry points and lanes are the same.
@@ -13,28 +14,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from codec.lossless import AnyMatrix, LosslessMatrix, exponent_table
+from codec import classes
+from codec.classes import TILE
+from codec.lossless import AnyMatrix, LosslessMatrix, exponent_tables
 from codec.matrix import CodedMatrix
-from codec.table import decode_table
+from codec.table import decode_tables
 from engine.device import STORAGE, UNIFORM, Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
 from model.gpu_layout import (
     BLOCK,
     CHUNK_BITS,
-    TILE,
     interleaved_streams,
     padded_rows,
     row_chunks,
+    row_info,
+    streams,
     tiled_fields,
 )
 
 FLOAT = 4  # bytes of an activation, for which there are n_digits otherwise
-MAX_STATES = 4096  # what matvec_rows declares its table to hold
+_MAX_TABLE = 4096  # states of one table
 
 # Lanes that fill a large GPU (an H100 holds 270k, and half of them hide its latency), and the
 # longest segment: longer ones no longer leave all of a subgroup's streams in the L1 cache.
@@ -78,12 +83,12 @@ class Output:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows [row_begin, row_begin + rows) of a matrix: as many as one binding may hold."""
+    """Rows [row_begin, row_begin + rows), sorted by class: as many as one binding may hold."""
 
     row_begin: int
     rows: int
     words: Any
-    row_info: Any  # (rows_padded,) of struct Row
+    row_info: Any  # (rows_padded,) of struct Row, sorted by class
     entries: Any  # u32 (n_segments, rows_padded)
     mantissas: Any | None  # of floats: (rows_padded / TILE, row_chunks, TILE) of 16 bytes
 
@@ -123,14 +128,14 @@ class GpuMatrix:
         # What a decoded symbol means: overrides and params of the kernels that use it.
         self._overrides: dict[str, int] = {}
         self._params = dict(offset=m.min_symbol << m.raw_bits)
-        decoded = decode_table(m.marginal, m.log2_states)
+        tables = decode_tables(m.marginals, m.log2_states)
         if floats:
             self._overrides = dict(field_bits=floats.field_bits)
             self._params = dict(row_chunks=row_chunks(floats))
-            decoded = exponent_table(floats)
+            tables = exponent_tables(floats)
 
         # For either number of states, so that all of a model's matrices agree.
-        table_bytes = 4 * MAX_STATES + 4 * _MAX_GROUP_LANES
+        table_bytes = 4 * _MAX_TABLE + 4 * _MAX_GROUP_LANES
         self.whole_rows = device.software or table_bytes > device.workgroup_memory
         max_segments = min(_MAX_GROUP_LANES, device.max_workgroup_lanes) // TILE
         self.segment_blocks = self.n_blocks
@@ -143,11 +148,14 @@ class GpuMatrix:
         self.splits = -(-self.n_segments // max_segments)
         self.segments_per_group = -(-self.n_segments // self.splits)
 
-        table = np.zeros(MAX_STATES, np.uint32)
-        table[: self.n_states] = decoded
-        self.table = device.upload(f"{name}.table", table, STORAGE | UNIFORM)
+        if self.whole_rows:  # as much as matvec_rows declares
+            tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
+        usage = STORAGE | UNIFORM if self.whole_rows else STORAGE
+        self.table = device.upload(f"{name}.table", tables, usage)
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
         self.interleave = _SOFTWARE_LANES if self.whole_rows else 1
+        self._order = classes.device_order(m.classes)
+        self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
 
     def _row_ranges(
@@ -160,8 +168,10 @@ class GpuMatrix:
             most = TILE * max(1, self.kernels.device.max_binding_bytes // tile_bytes)
         # Interleaving fills rows up to the longest beside them: at most one longest row a group.
         room = 8 * (self.kernels.device.max_binding_bytes - self._guard_bytes(m)) - CHUNK_BITS
-        longest = int(m.row_bits.max()) + 2 * CHUNK_BITS
-        ends = m.row_offsets if self.interleave == 1 else np.arange(m.rows + 1) * longest
+        bits = m.row_bits[self._order] + 2 * 32
+        if self.interleave > 1:
+            bits[:] = m.row_bits.max() + 2 * CHUNK_BITS
+        ends = np.append(0, np.cumsum(bits))
         begin = 0
         while begin < m.rows:
             end = int(np.searchsorted(ends, ends[begin] + room, side="right")) - 1
@@ -183,19 +193,16 @@ class GpuMatrix:
 
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> _Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
+        numbers = self._order[begin:end]
         if self.interleave == 1:
-            first_word = int(m.row_offsets[begin]) // 32
-            words = m.words[first_word : -(-int(m.row_offsets[end]) // 32)]
-            bits = m.row_offsets[begin:end] - 32 * first_word
+            words, bits = streams(m, numbers)
         else:
-            words, bits = interleaved_streams(m, begin, end, self.interleave)
-        info = np.zeros((padded, 4), np.uint32)  # struct Row
-        info[:rows, 0] = bits
-        info[:rows, 1] = m.scale[begin:end].astype(np.float32).view(np.uint32)
-        info[:rows, 2] = m.outlier_offsets[begin:end]
-        info[:rows, 3] = np.diff(m.outlier_offsets[begin : end + 1])
+            words, bits = interleaved_streams(m, numbers, self.interleave)
+        self._by_number[numbers] = row_info(m, numbers, bits, np.arange(begin, end))
+        info = np.zeros((padded, 4), np.uint32)
+        info[:rows] = row_info(m, numbers, bits, numbers)
         entries = np.zeros((self.n_segments, padded), np.uint32)
-        entries[0, :rows] = m.states[begin:end]
+        entries[0, :rows] = m.states[numbers]
         label = f"{self.name}[{begin}:{end}]"
         part = _Part(
             begin,
@@ -203,9 +210,7 @@ class GpuMatrix:
             device.upload(f"{label}.words", words, padding_bytes=self._guard_bytes(m)),
             device.upload(f"{label}.row_info", info),
             device.upload(f"{label}.entries", entries),
-            device.upload(f"{label}.mantissas", tiled_fields(floats, begin, end))
-            if floats
-            else None,
+            device.upload(f"{label}.mantissas", tiled_fields(floats, numbers)) if floats else None,
         )
         if self.n_segments > 1:
             kernel = self.kernels.get("entry_points", **self._stream)
@@ -263,7 +268,6 @@ class GpuMatrix:
             yield kernel.dispatch(
                 [-(-part.rows // tile), self.splits],
                 dict(
-                    row_begin=part.row_begin,
                     rows=part.rows,
                     y_rows=self.rows,
                     n_blocks=self.n_blocks,
@@ -276,6 +280,10 @@ class GpuMatrix:
                 **activations,
                 y=y.buffer,
             )
+
+    @cached_property
+    def _rows_by_number(self) -> Any:
+        return self.kernels.device.upload(f"{self.name}.rows_by_number", self._by_number)
 
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
@@ -294,7 +302,7 @@ class GpuMatrix:
                     **self._params,
                 ),
                 state=state,
-                **part.buffers,
+                **part.buffers | {"row_info": self._rows_by_number},
                 table=self.table,
                 outliers=self.outliers,
                 x=x,

@@ -11,7 +11,6 @@
 //#import segments
 
 struct Params {
-  row_begin: u32,
   rows: u32,
   rows_padded: u32,
   y_rows: u32,
@@ -34,20 +33,20 @@ struct Params {
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
         @builtin(workgroup_id) group: vec3<u32>) {
-  load_table(lane);
   let index = group.x * 32u + local.x;
+  let row = row_info[index];
+  load_table(lane, first_entry(row_info[group.x * 32u]));
   let segment = group.y * segments_per_group + local.y;
   var sums: array<Sums, MAX_ROWS>;  // rows_per_lane is 1 here
   if (segment < params.n_segments) {
-    let row = row_info[index];
     let chunk = first_chunk(index);
     let entry = entries[segment * params.rows_padded + index];
     let begin = segment * params.segment_blocks;
     let end = min(begin + params.segment_blocks, params.n_blocks);
     var streams: array<Stream, MAX_ROWS>;
-    streams[0] = open_stream(row.bit + entry / n_states, entry & (n_states - 1u));
+    streams[0] = open_stream(row.bit + entry / n_states, entry & (n_states - 1u), 0u);
     for (var block = begin; block < end; block++) { accumulate_block(&streams, vec4<u32>(chunk), block, &sums); }
     if (segment == 0u) { sums[0] = add_outliers(row, chunk, sums[0]); }
   }
-  write_sums(sums[0], 1.0, index, local.xy, group.y);
+  write_sums(sums[0], 1.0, matrix_row(row), index, local.xy, group.y);
 }

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from codec.classes import device_order
 from codec.lossless import LosslessMatrix, decode_lossless, encode_lossless
 from codec.matrix import CodedMatrix, decode_matrix, dequantize, encode_matrix, entry_points
+from codec.scale import ZERO
 from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
@@ -42,9 +44,14 @@ def rng() -> np.random.Generator:
 def coded(
     rng: np.random.Generator, rows: int, cols: int, spread: float, log2_states: int
 ) -> CodedMatrix:
-    """A matrix with tails heavy enough for outliers; a larger spread gets more raw bits."""
-    q = np.round(rng.laplace(size=(rows, cols)) * spread).astype(np.int32)
-    return encode_matrix(q, rng.uniform(0.01, 0.1, rows).astype(np.float16), log2_states)
+    """Rows of several classes, with tails heavy enough for outliers; a larger spread gets more raw
+    bits.
+    """
+    of_row = spread * 2 ** rng.normal(size=(rows, 1))
+    q = np.round(rng.laplace(size=(rows, cols)) * of_row).astype(np.int32)
+    scale_log2 = rng.integers(-60, -20, rows).astype(np.int16)
+    scale_log2[rows // 2] = ZERO
+    return encode_matrix(q, scale_log2, log2_states)
 
 
 def digit_activations(
@@ -168,10 +175,11 @@ def test_matvec_kernels_agree_bit_for_bit(
 def test_matvec_in_parts_equals_whole(
     kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    m = coded(rng, 400, 331, 3.0, 12)
+    m = coded(rng, 1500, 331, 3.0, 12)
+    assert m.n_classes > 1
     a, _ = digit_activations(rng, kernels.device, tokens, 1, m.cols)
     results, parts = [], []
-    for limit in (kernels.device.max_binding_bytes, 20_000):
+    for limit in (kernels.device.max_binding_bytes, 70_000):
         monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
         gpu = GpuMatrix(kernels, "w", m)
         monkeypatch.undo()
@@ -195,8 +203,8 @@ def test_entry_points(
     gpu = GpuMatrix(kernels, "w", m)
     (part,) = gpu.parts
     got = kernels.device.read(part.entries, np.uint32, (gpu.n_segments, part.rows_padded))
-    want, _, _ = entry_points(m, 32 * gpu.segment_blocks)
-    assert (got[:, : m.rows] == want).all()
+    want, _ = entry_points(m, 32 * gpu.segment_blocks)
+    assert (got[:, : m.rows] == want[:, device_order(m.classes)]).all()
     assert not got[:, m.rows :].any()
 
 
@@ -226,6 +234,26 @@ def test_embed(
         want,
         F32 * np.abs(want) + F32 * np.where(np.abs(want) > 16 * scale, 4 * np.abs(want), 0),
     )
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+def test_embed_in_parts_equals_whole(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, whole_rows: bool
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = coded(rng, 1500, 331, 3.0, 11)
+    tokens = rng.integers(0, m.rows, MAX_TOKENS)
+    state = kernels.device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
+    results, parts = [], []
+    for limit in (kernels.device.max_binding_bytes, 70_000):
+        monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
+        gpu = GpuMatrix(kernels, "w", m)
+        parts.append(len(gpu.parts))
+        x = kernels.device.empty("x", 4 * MAX_TOKENS * m.cols)
+        run(kernels.device, Plan(gpu.embed(state, x, tokens=MAX_TOKENS)))
+        results.append(kernels.device.read(x, np.float32, (MAX_TOKENS, m.cols)))
+    assert parts[0] == 1 and parts[1] > 2
+    assert (results[0] == results[1]).all()
 
 
 def lossless(

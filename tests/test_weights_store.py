@@ -14,7 +14,8 @@ import pytest
 from safetensors import safe_open
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
-from codec.matrix import pack_side
+from codec.matrix import CodedMatrix, pack_side
+from codec.scale import LARGEST, ZERO
 from engine.errors import WeightsError
 from weights import inspect
 from weights.container import ContainerWriter, read_container, replacing
@@ -33,7 +34,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # On both sides of 0 and too far out for any symbol.
     tensors["model.layers.0.self_attn.v_proj.weight"][[19, 3], [39, 5]] = -11, 10
     source = open_source(write_hf_folder(folder / "tiny", SMALL, tensors))
-    convert(source, folder / "tiny.safetensors", bits=5.5, embed_bits=7.5, log2_states=12)
+    convert(source, folder / "tiny.safetensors", bits=6.5, embed_bits=7.5, log2_states=12)
     return folder / "tiny.safetensors"
 
 
@@ -199,7 +200,7 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
     ("edit", "named"),
     [
         (lambda m, t: m.update(format="other"), r"weights\.convert"),
-        (lambda m, t: m.update(format_version="2"), "version 2, expected 1"),
+        (lambda m, t: m.update(format_version="1"), "version 1, expected 2"),
         (lambda m, t: m.pop("source"), "source"),
         (lambda m, t: m.update(config=[]), "config"),
         (lambda m, t: m["config"].update(n_kv_heads=3), "n_kv_heads"),
@@ -224,16 +225,15 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
         (set_field("raw_bits", True), "whole numbers"),
         (set_field("min_symbol", 1), QKV),
         (set_field("min_symbol", -99), QKV),
-        (set_tensor(f"{QKV}.marginal", lambda v: v[:1]), "symbol"),
-        (set_tensor(f"{QKV}.marginal", lambda v: np.full(33, 1985, "u2")), "33 symbols"),
-        (set_tensor(f"{QKV}.marginal", put(0, 0)), "marginal"),
-        (set_tensor(f"{QKV}.marginal", put(0, 60000)), "marginal"),
-        (set_tensor(f"{QKV}.marginal", lambda v: v.astype("u4"), "U32"), "expected U16"),
-        (set_tensor(f"{QKV}.scale", lambda v: v[:-1]), QKV),
-        (set_tensor(f"{QKV}.scale", lambda v: v.reshape(2, 40)), "one dimension"),
-        (set_tensor(f"{QKV}.scale", put(7, np.nan)), "scale"),
-        (set_tensor(f"{QKV}.scale", put(7, np.inf)), "scale"),
-        (set_tensor(f"{QKV}.scale", put(7, -1)), "negative"),
+        (set_field("n_classes", 0), "0 classes"),
+        (set_field("n_classes", 5), "5 classes"),
+        (set_field("n_classes", 2), QKV),
+        (set_tensor(f"{QKV}.marginals", lambda v: v[:1]), "symbol"),
+        (set_tensor(f"{QKV}.marginals", lambda v: np.full(33, 1985, "u2")), "33 symbols"),
+        (set_tensor(f"{QKV}.marginals", put(0, 0)), "marginal"),
+        (set_tensor(f"{QKV}.marginals", put(0, 60000)), "marginal"),
+        (set_tensor(f"{QKV}.marginals", lambda v: v.astype("u4"), "U32"), "expected U16"),
+        (set_tensor(f"{QKV}.marginals", lambda v: v.reshape(1, -1)), "one dimension"),
         (set_tensor(f"{QKV}.words", lambda v: v[:-1]), "words"),
         (set_tensor(f"{QKV}.words", lambda v: np.append(v, v[:1])), "words"),
         (set_tensor(f"{QKV}.side", lambda v: v[:-1]), QKV),
@@ -263,7 +263,7 @@ def make_quantized(path: Path) -> Callable[[dict[str, Any], Tensors], object]:
         container = read_container(path)
         metadata["matrices"][DOWN] = json.loads(container.metadata["matrices"])[DOWN]
         del tensors[f"{DOWN}.mantissas"]
-        for part in ("words", "side", "outliers", "marginal", "scale"):
+        for part in ("words", "side", "outliers", "marginals"):
             entry = container.entries[f"{DOWN}.{part}"]
             tensors[f"{DOWN}.{part}"] = (entry.dtype, entry.values)
 
@@ -323,6 +323,16 @@ def test_store_refuses_outliers_out_of_order(path: Path, tmp_path: Path) -> None
         tensors[f"{QKV}.side"] = ("U32", pack_side(doubled))
 
     with pytest.raises(WeightsError, match="order"):
+        WeightsFile.open(rewrite(path, edit, tmp_path / "wrong"))
+
+
+@pytest.mark.parametrize("k", [ZERO + 1, -LARGEST - 1, LARGEST + 1])
+def test_store_refuses_scales_off_the_grid(path: Path, tmp_path: Path, k: int) -> None:
+    matrix = WeightsFile.open(path).matrix(QKV)
+    assert isinstance(matrix, CodedMatrix)
+    wrong = dataclasses.replace(matrix, scale_log2=np.full(80, k, np.int16))
+    edit = set_tensor(f"{QKV}.side", lambda values: pack_side(wrong))
+    with pytest.raises(WeightsError, match=QKV):
         WeightsFile.open(rewrite(path, edit, tmp_path / "wrong"))
 
 

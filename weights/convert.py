@@ -32,7 +32,7 @@ from weights.store import WeightsFile, write_weights
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 Bits = float | Literal["lossless"]  # stored per weight of the blocks
 DEFAULT_BITS = 5.0
@@ -140,7 +140,10 @@ def _constants(
 
 
 def _histogram(source: Source, matrix: layout.Matrix) -> Histogram:
-    return histogram(_fused(source, matrix))
+    try:
+        return histogram(_fused(source, matrix))
+    except ValueError as error:
+        raise WeightsError(f"{matrix.name}: {error}") from None
 
 
 def _encode(

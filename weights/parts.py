@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codec.lossless import AnyMatrix, LosslessMatrix, check_lossless, unit_scale
-from codec.matrix import LOG2_STATES, CodedMatrix, check, pack_side, unpack_side
+from codec import side
+from codec.classes import MAX_STATES
+from codec.lossless import AnyMatrix, LosslessMatrix, check_lossless
+from codec.matrix import LOG2_STATES, CodedMatrix, check, pack_side
 from weights import layout
 
 
@@ -33,14 +35,14 @@ class Kind:
 
 
 QUANTIZED = Kind(
-    fields=("rows", "cols", "log2_states", "raw_bits", "min_symbol"),
+    fields=("rows", "cols", "log2_states", "n_classes", "raw_bits", "min_symbol"),
     large={"words": "U32", "side": "U32", "outliers": "U32"},
-    small={"marginal": "U16", "scale": "F16"},
+    small={"marginals": "U16"},
 )
 LOSSLESS = Kind(
-    fields=("rows", "cols", "log2_states", "min_symbol", "anchor", "mantissa_bits"),
+    fields=("rows", "cols", "log2_states", "n_classes", "min_symbol", "anchor", "mantissa_bits"),
     large={"words": "U32", "mantissas": "U32", "side": "U32", "outliers": "U32"},
-    small={"marginal": "U16"},
+    small={"marginals": "U16"},
 )
 KINDS = (QUANTIZED, LOSSLESS)
 
@@ -58,6 +60,7 @@ def split(matrix: AnyMatrix) -> tuple[Kind, dict[str, int], dict[str, npt.NDArra
         kind, coded = LOSSLESS, matrix.exponents
     assert isinstance(coded, CodedMatrix)
     values = {**vars(coded), **vars(matrix), "side": pack_side(coded)}
+    values |= {"n_classes": coded.n_classes, "marginals": coded.marginals.ravel()}
     return kind, {f: values[f] for f in kind.fields}, {part: values[part] for part in kind.parts}
 
 
@@ -75,10 +78,16 @@ def join(matrix: layout.Matrix, fields: Any, parts: Mapping[str, npt.NDArray[Any
         raise ValueError(f"described by {fields}, expected {matrix.rows} x {matrix.cols}")
     if fields["log2_states"] not in LOG2_STATES:
         raise ValueError(f"described by {fields}, expected log2_states in {LOG2_STATES}")
-    lengths, states, outlier_counts = unpack_side(parts["side"], matrix.rows, fields["log2_states"])
+    n_classes, marginals = fields["n_classes"], parts["marginals"]
+    most = MAX_STATES >> fields["log2_states"]
+    if not 1 <= n_classes <= most or marginals.size % n_classes:
+        raise ValueError(
+            f"{n_classes} classes with marginals of {marginals.size}, expected 1 to {most} classes"
+        )
+    rows = side.unpack(parts["side"], matrix.rows, n_classes, fields["log2_states"])
     n_outliers = parts["outliers"].size
-    if outlier_counts.sum() != n_outliers:
-        raise ValueError(f"{n_outliers} outliers, expected {outlier_counts.sum()} by row")
+    if rows.outlier_counts.sum() != n_outliers:
+        raise ValueError(f"{n_outliers} outliers, expected {rows.outlier_counts.sum()} by row")
     lossless = kind is LOSSLESS
     coded = CodedMatrix(
         rows=matrix.rows,
@@ -86,13 +95,14 @@ def join(matrix: layout.Matrix, fields: Any, parts: Mapping[str, npt.NDArray[Any
         log2_states=fields["log2_states"],
         raw_bits=0 if lossless else fields["raw_bits"],
         min_symbol=fields["min_symbol"],
-        marginal=parts["marginal"],
+        marginals=marginals.reshape(n_classes, -1),
+        classes=rows.classes,
         words=parts["words"],
-        row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        states=states,
-        scale=unit_scale(matrix.rows) if lossless else parts["scale"],
+        row_offsets=np.concatenate([[0], np.cumsum(rows.lengths)]),
+        states=rows.states,
+        scale_log2=rows.scale_log2,
         outliers=parts["outliers"],
-        outlier_offsets=np.concatenate([[0], np.cumsum(outlier_counts)]).astype(np.uint32),
+        outlier_offsets=np.concatenate([[0], np.cumsum(rows.outlier_counts)]).astype(np.uint32),
     )
     if lossless:
         floats = LosslessMatrix(
@@ -101,6 +111,4 @@ def join(matrix: layout.Matrix, fields: Any, parts: Mapping[str, npt.NDArray[Any
         check_lossless(floats)
         return floats
     check(coded)
-    if (coded.scale < 0).any():
-        raise ValueError("a scale is negative")
     return coded

@@ -46,8 +46,9 @@ fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
 
 fn add_outliers(row: Row, sums: Sums) -> Sums {
   var total = sums;
-  for (var k = 0u; k < row.n_outliers; k++) {
-    let outlier = outliers[row.first_outlier + k];
+  let end = end_outlier(row);
+  for (var k = row.first_outlier; k < end; k++) {
+    let outlier = outliers[k];
     for (var t = 0u; t < tokens; t++) {
       total[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
     }

@@ -22,8 +22,9 @@ fn accumulate_block(streams: ptr<function, array<Stream, MAX_ROWS>>, chunks: vec
 
 fn add_outliers(row: Row, chunk: u32, sums: Sums) -> Sums {
   var total = sums;
-  for (var k = 0u; k < row.n_outliers; k++) {
-    let outlier = outliers[row.first_outlier + k];
+  let end = end_outlier(row);
+  for (var k = row.first_outlier; k < end; k++) {
+    let outlier = outliers[k];
     let column = outlier_column(outlier);
     let w = outlier_floats(chunk, outlier);
     for (var t = 0u; t < tokens; t++) {
