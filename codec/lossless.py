@@ -88,18 +88,21 @@ def encode_lossless(w: FloatArray, log2_states: int = 12) -> LosslessMatrix:
     """W (rows, cols) -> the same in code. ValueError: NaN, infinity, or too many columns."""
     rows, cols = w.shape
     exponents = exponent_fields(w)
-    counts = np.bincount(exponents.ravel(), minlength=256)
+    counts = np.zeros(256, np.int64)
+    for chunk in _chunks(w):  # bincount makes a copy of eight bytes per weight
+        counts += np.bincount(exponents[chunk].ravel(), minlength=256)
     if counts[MAX_EXPONENT + 1 :].any():
         raise ValueError("a weight is not a finite number")
     anchor = _anchor(counts)
     q = _to_counted(anchor)[exponents]
+    del exponents
     coded = encode_matrix(q, np.zeros(rows, np.int16), log2_states, max_raw_bits=0)
-    places = outlier_places(coded)
-    coded_q = q[places] - (coded.outliers >> 16).astype(np.int16)
-    coded_fields = _from_counted(anchor)[coded_q + 255] << np.uint32(16)
-    coded_fields |= exponents[places].astype(np.uint32) << np.uint32(24)
-    coded = replace(coded, outliers=coded.outliers & np.uint32(0xFFFF) | coded_fields)
-    del q, exponents
+    wanted = q[outlier_places(coded)]
+    remainder = (coded.outliers >> 16).astype(np.int16)
+    field = _from_counted(anchor)[np.stack([wanted - remainder, wanted]) + 255]
+    outliers = coded.outliers & 0xFFFF | field[0] << 16 | field[1] << 24
+    coded = replace(coded, outliers=outliers)
+    del q
 
     bits = np.ascontiguousarray(w).view(np.uint32)
     used = int(np.bitwise_or.reduce(bits, axis=None) & _MANTISSA)
@@ -115,7 +118,11 @@ def encode_lossless(w: FloatArray, log2_states: int = 12) -> LosslessMatrix:
 def decode_lossless(m: LosslessMatrix) -> FloatArray:
     """W (rows, cols), bit for bit as it was encoded."""
     check_lossless(m)
-    w = _from_counted(m.anchor)[decode_streams(m.exponents) + 255]
+    q = decode_streams(m.exponents)
+    w = q.view(np.uint32)  # in its place
+    field = _from_counted(m.anchor)
+    for chunk in _chunks(w):
+        w[chunk] = field[q[chunk] + 255]
     places = outlier_places(m.exponents)
     wrong = w[places] != m.exponents.outliers >> 16 & 255
     if wrong.any():
@@ -156,8 +163,10 @@ def check_lossless(m: LosslessMatrix) -> None:
 
 def exponent_fields(w: FloatArray) -> IntArray:
     """The exponent field of each weight, 0 .. 255, in the shape of w."""
-    bits = w.view(np.uint32) >> np.uint32(MANTISSA_BITS)
-    return (bits & np.uint32(255)).astype(np.int16)
+    found = np.empty(w.shape, np.int16)
+    np.right_shift(w.view(np.uint32), np.uint32(MANTISSA_BITS), out=found, casting="unsafe")
+    found &= 255
+    return found
 
 
 def exponent_tables(m: LosslessMatrix) -> Words:
