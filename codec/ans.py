@@ -2,8 +2,9 @@
 
 A step of a stream is one pair, two steps are a quad. A quad is, most significant bit first: 4 *
 raw_bits raw bits, the state bits of its first pair, those of its second. The encoder goes from a
-stream's last step to its first and starts in state 0, so the decoder, which starts in the state
-where the encoder ended, must end in state 0.
+stream's last step to its first, and the decoder starts in the state where the encoder ended. What
+state follows the last step means nothing, so the last pair's state bits, which would say, are left
+out: the encoder starts in a state of that pair. A decoder may read whatever follows in their place.
 
 Arrays over streams are (steps, streams): one numpy operation advances every stream by a step.
 Look-ups use mode="clip" because the default has numpy check and buffer every result.
@@ -22,15 +23,18 @@ def encode(
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Encode pairs (steps, streams), which must have states, and raw bits (steps / 2, streams).
 
+    The pairs of a stream are of one class.
+
     Returns the decoder's first states (streams,), and the streams as quads of at most 40 bits with
     their lengths, both (streams, steps / 2): what `BitWriter.append` takes.
     """
     steps, streams = pairs.shape
     quads = np.zeros((steps // 2, streams), np.int64)
     lengths = np.zeros_like(quads)
-    x = np.full(streams, 1 << table.log2_states, np.int64)
+    # The last pair's lowest state: the lower a state is, the fewer bits does its predecessor take.
+    x = table.next_x[table.frequencies[pairs[-1]] + table.delta_state[pairs[-1]]]
     n, rest, scratch = np.empty_like(x), np.empty_like(x), np.empty_like(x)
-    for t in range(steps - 1, -1, -1):
+    for t in range(steps - 2, -1, -1):
         quad, length = quads[t // 2], lengths[t // 2]
         table.delta_bits.take(pairs[t], out=n, mode="clip")
         n += x
@@ -96,30 +100,42 @@ class BitWriter:
 
 
 class Decoder:
-    """Streams of one table, read in step; it can stop after any quad and go on.
+    """Streams, each of a class, read in step; it can stop after any quad and go on.
 
     It stays within `words` whatever they hold: past the end it sees the last word again.
     """
 
     def __init__(
         self,
-        table: npt.NDArray[np.uint32],
+        tables: npt.NDArray[np.uint32],
         raw_bits: int,
         words: npt.NDArray[np.uint32],
         starts: npt.NDArray[np.int64],
         states: npt.NDArray[np.uint16],
+        classes: npt.NDArray[np.uint8],
     ) -> None:
-        """A decode table (2^P,); first bit in `words` and first state of each stream (streams,)."""
-        self._nbits = (table & 31).astype(np.int64)
-        base_unit = table.size >> 11  # 1 for P = 11, 2 for P = 12
-        self._base = (table >> 21).astype(np.int64) * base_unit
+        """Decode tables (n_classes, 2^P); of each stream (streams,) the first bit in `words`, the
+        first state and the class.
+        """
+        n_classes, self._n_states = tables.shape
+        first_states = np.arange(n_classes) * self._n_states
+        self._nbits = (tables & 31).astype(np.int64).ravel()
+        base_unit = self._n_states >> 11  # 1 for P = 11, 2 for P = 12
+        base = (tables >> 21).astype(np.int64) * base_unit
+        self._base = (base + first_states[:, None]).ravel()
         self._raw_bits = 4 * raw_bits  # of a quad
         # Window i is words i and i + 1: shifted left by up to 31, it still begins with 32 bits.
         self._windows = words.astype(np.uint64) << np.uint64(WORD_BITS)
         self._windows[:-1] |= words[1:]
         self._starts = starts
         self._positions = starts.astype(np.int64)
-        self.states = states.astype(np.int64)  # (streams,), 0 .. 2^P - 1
+        self._states = first_states[classes] + states  # of all tables' states, one after another
+
+    @property
+    def states(self) -> npt.NDArray[np.int64]:
+        """Each stream's state (streams,), 0 .. 2^P - 1."""
+        states: npt.NDArray[np.int64] = self._states & self._n_states - 1
+        return states
 
     @property
     def consumed(self) -> npt.NDArray[np.int64]:
@@ -129,9 +145,10 @@ class Decoder:
     def run(self, steps: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
         """Decode an even number of steps.
 
-        Returns the state before each step (steps, streams), and the raw bits (steps / 2, streams).
+        Returns the place in `tables`, raveled, of the entry of each step (steps, streams), and the
+        raw bits (steps / 2, streams).
         """
-        position, state = self._positions, self.states
+        position, state = self._positions, self._states
         visited = np.empty((steps, state.size), np.uint16)
         raw = np.zeros((steps // 2, state.size), np.uint16)
         n = np.empty_like(state)

@@ -1,6 +1,6 @@
-"""Which code a matrix gets: how many low bits go raw, and which symbols the table holds.
+"""Which code a matrix gets: how many low bits go raw, which rows share a table, with which symbols.
 
-A histogram of integers in, the cheapest parameters and the bits they will take out. Floats may
+Histograms of integers in, the cheapest parameters and the bits they will take out. Floats may
 decide here, as their result is stored. Predictions are within 0.2 % of what is then needed.
 """
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from codec import classes
 from codec.table import MARGINAL_TOTAL, MAX_SYMBOLS, has_states
 
 MAX_RAW_BITS = 4
@@ -18,78 +19,157 @@ FAST_RAW_BITS = (
 # which makes a matvec about half as long again: so many bits a weight must be gained by it
 SLOW_BITS = 0.15
 OUTLIER_BITS = 32
-_MAX_HIGH = 2**15 - MAX_SYMBOLS  # |q >> raw_bits|, for an outlier's remainder to fit 16 bits
-MAX_INTEGER = _MAX_HIGH << MAX_RAW_BITS
+MAX_HIGH = 2**15 - MAX_SYMBOLS  # |q >> raw_bits|, for an outlier's remainder to fit 16 bits
+MAX_INTEGER = MAX_HIGH << MAX_RAW_BITS
 
 # A pair that is due less than one state has one all the same, but at the spread's far end, where
 # it costs about log2(2^P / 0.8) bits: fitted to the exact rates of Gaussian and Laplace tables.
 _SMALLEST_SHARE = 0.8
 
+_MARGINAL_BITS = 16  # of a symbol
+_ZERO = MAX_SYMBOLS  # place of 0 among -32 .. 32
+_ONE_UNIT = np.ones(1, np.int64)
+
+# What integers may be clipped to before they are counted: further ones are outliers all the same.
+CLIP = MAX_SYMBOLS << MAX_RAW_BITS
+
 FloatArray = npt.NDArray[np.float64]
 
 
+class RowClass(NamedTuple):
+    """Units of rows [first_unit, end_unit), and the symbols that their table holds."""
+
+    first_unit: int
+    end_unit: int
+    low: int  # of q >> raw_bits; low <= 0 <= high
+    high: int
+    bits: float  # predicted, of the streams and outliers of these rows, without raw bits
+
+
 class Code(NamedTuple):
-    """What fixes a code but for its marginal; a symbol is (q >> raw_bits) - min_symbol."""
+    """What fixes a code but for its marginals; a symbol is (q >> raw_bits) - min_symbol."""
 
     raw_bits: int
     min_symbol: int
     n_symbols: int
     bits: float  # predicted, of all streams and outliers
+    classes: tuple[RowClass, ...]
 
 
 def choose_code(
-    counts: npt.NDArray[np.integer] | FloatArray, lowest: int, log2_states: int
+    counts: npt.NDArray[np.integer] | FloatArray,
+    lowest: int,
+    log2_states: int,
+    max_raw_bits: int = MAX_RAW_BITS,
+    largest: int = 0,
+    rows: npt.NDArray[np.int64] = _ONE_UNIT,
 ) -> Code:
-    """The code for counts[i] weights of lowest + i, |lowest + i| <= MAX_INTEGER.
+    """The code for counts[..., i] weights of lowest + i, at most MAX_HIGH << max_raw_bits. Those
+    beyond CLIP may be counted as CLIP if `largest` is the largest |q|.
 
+    counts (units, n) tells units apart of so many `rows` (units,), which are in order of spread and
+    may get classes of their own; counts (n,) are of one class.
     The one of fewest bits, except that more than FAST_RAW_BITS raw bits have to be worth it.
     """
-    n_weights = float(counts.sum())
-    q = np.arange(counts.size) + lowest
-    best = Code(0, 0, 0, np.inf)
-    for raw_bits in range(MAX_RAW_BITS + 1):
+    units = np.atleast_2d(counts).astype(np.float64)
+    n_weights = float(units.sum())
+    q = np.arange(units.shape[1]) + lowest
+    best, least = Code(0, 0, 0, np.inf, ()), np.inf
+    for raw_bits in range(max_raw_bits + 1):
         high = q >> raw_bits
-        if max(-high[0], high[-1]) > _MAX_HIGH:
+        if max(-high[0], high[-1], -(-largest >> raw_bits)) > MAX_HIGH:
             continue
         # A pair has at least one bit beside its raw ones, which may settle it.
         if (raw_bits + 0.5) * n_weights > best.bits:
             break
-        high_counts = np.bincount(high - high[0], counts).astype(np.float64)
-        code = _choose_symbols(high_counts, int(high[0]), log2_states)
-        bits = code.bits + raw_bits * n_weights
+        found = _choose_classes(_near(units, high), rows, log2_states)
+        min_symbol = min(found, key=lambda c: c.low).low
+        n_symbols = max(found, key=lambda c: c.high).high - min_symbol + 1
+        bits = sum(c.bits for c in found) + raw_bits * n_weights
         handicap = SLOW_BITS * n_weights if raw_bits > FAST_RAW_BITS >= best.raw_bits else 0
-        if bits + handicap < best.bits:
-            best = code._replace(raw_bits=raw_bits, bits=bits)
+        total = bits + _MARGINAL_BITS * len(found) * n_symbols
+        if total + handicap < least:
+            best, least = Code(raw_bits, min_symbol, n_symbols, bits, tuple(found)), total
     return best
 
 
-def _choose_symbols(counts: FloatArray, lowest: int, log2_states: int) -> Code:
-    """The best range of symbols if no bits are raw; what is beyond it becomes an outlier."""
-    # Counts of -32 .. 32, where the ends stand for all beyond: no range with 0 in it has them.
-    zero, n_weights = MAX_SYMBOLS, counts.sum()
-    value = np.clip(np.arange(counts.size) + lowest, -zero, zero)
-    near = np.bincount(value + zero, counts, 2 * zero + 1)
+def predicted_bits(
+    counts: npt.NDArray[np.integer] | FloatArray,
+    lowest: int,
+    log2_states: int,
+    rows: npt.NDArray[np.int64],
+) -> float:
+    """All bits that are stored of units like those of `choose_code`, but for the rows' own.
+
+    Much faster than `choose_code`: what one class would take, less what classes save by entropy.
+    """
+    code = choose_code(counts.sum(axis=0), lowest, log2_states)
+    near = _near(counts.astype(np.float64), np.arange(counts.shape[1]) + lowest >> code.raw_bits)
+    _, saved = classes.split(near, rows, classes.MAX_STATES >> log2_states, _MARGINAL_BITS)
+    # The state bits of each row's last pair are not stored.
+    unread = 2 * rows.sum() * (code.bits / counts.sum() - code.raw_bits)
+    return float(code.bits + _MARGINAL_BITS * code.n_symbols - saved - unread)
+
+
+def _near(counts: FloatArray, value: npt.NDArray[np.int64]) -> FloatArray:
+    """Counts (units, n) of each value (n,) -> of -32 .. 32, whose ends stand for all beyond."""
+    index = np.clip(value, -_ZERO, _ZERO) + _ZERO
+    first = np.flatnonzero(np.diff(index, prepend=-1))
+    near = np.zeros((len(counts), 2 * _ZERO + 1))
+    near[:, index[first]] = np.add.reduceat(counts, first, axis=1)
+    return near
+
+
+def _choose_classes(
+    near: FloatArray, rows: npt.NDArray[np.int64], log2_states: int
+) -> list[RowClass]:
+    """Classes of rows for counts (units, 65) as of `_near`, if no bits are raw."""
+    most = classes.MAX_STATES >> log2_states
+    ranges, _ = classes.split(near, rows, most, _MARGINAL_BITS)
+    joined = [near[first:end].sum(axis=0) for first, end in ranges]
+    symbols = [_choose_symbols(counts, log2_states) for counts in joined]
+    low, high = min(s[0] for s in symbols), max(s[1] for s in symbols)
+    if high - low >= MAX_SYMBOLS:  # classes that lean to different sides get one range
+        low, high, _ = _choose_symbols(near.sum(axis=0), log2_states)
+        symbols = [(low, high, _bits(counts, low, high, log2_states)) for counts in joined]
+    return [
+        RowClass(first, end, low, high, bits)
+        for (first, end), (low, high, bits) in zip(ranges, symbols, strict=True)
+    ]
+
+
+def _choose_symbols(near: FloatArray, log2_states: int) -> tuple[int, int, float]:
+    """The best range of symbols, low and high, and its bits; what is beyond becomes an outlier.
+
+    `near` are the counts of -32 .. 32; no range with 0 in it has both of the ends.
+    """
     used = np.flatnonzero(near)
-    low, high = min(int(used[0]), zero), max(int(used[-1]), zero)
+    low, high = min(int(used[0]), _ZERO), max(int(used[-1]), _ZERO)
     high += low == high  # a code has at least two symbols
 
-    best = Code(0, 0, 0, np.inf)
+    best = (0, 0, np.inf)
     while high > low:
         if high - low < MAX_SYMBOLS:
-            p = near[low : high + 1] / n_weights
-            below, above = near[:low].sum(), near[high + 1 :].sum()
-            p[0] += below / n_weights
-            p[-1] += above / n_weights
-            bits = n_weights / 2 * _pair_bits(p, log2_states) + OUTLIER_BITS * (below + above)
-            if bits < best.bits:
-                best = Code(0, low - zero, high - low + 1, float(bits))
-            if bits > 1.01 * best.bits:  # past the optimum, where bits grow but for ripples
+            bits = _bits(near, low - _ZERO, high - _ZERO, log2_states)
+            if bits < best[2]:
+                best = (low - _ZERO, high - _ZERO, bits)
+            if bits > 1.01 * best[2]:  # past the optimum, where bits grow but for ripples
                 break
-        if high == zero or (low < zero and near[low] <= near[high]):
+        if high == _ZERO or (low < _ZERO and near[low] <= near[high]):
             low += 1
         else:
             high -= 1
     return best
+
+
+def _bits(near: FloatArray, low: int, high: int, log2_states: int) -> float:
+    """Bits of streams and outliers if the symbols low .. high have states."""
+    n_weights, first, last = near.sum(), low + _ZERO, high + _ZERO
+    p = near[first : last + 1] / n_weights
+    below, above = near[:first].sum(), near[last + 1 :].sum()
+    p[0] += below / n_weights
+    p[-1] += above / n_weights
+    return float(n_weights / 2 * _pair_bits(p, log2_states) + OUTLIER_BITS * (below + above))
 
 
 def _pair_bits(p: FloatArray, log2_states: int) -> float:

@@ -23,9 +23,15 @@ def n_steps(cols: int) -> int:
 
 
 def to_pairs(
-    q: npt.NDArray[np.integer], table: Table, raw_bits: int, min_symbol: int
+    q: npt.NDArray[np.integer],
+    table: Table,
+    raw_bits: int,
+    min_symbol: int,
+    classes: npt.NDArray[np.uint8],
 ) -> tuple[IntArray, npt.NDArray[np.uint16], IntArray, npt.NDArray[np.uint32]]:
     """q (rows, cols) -> pairs (steps, rows), raw bits (steps / 2, rows), and outliers.
+
+    `table` is that of all classes, `classes` (rows,) the one of each row; a pair also says which.
 
     The outliers are how many each row has (rows,), and column | (remainder & 0xFFFF) << 16 of each
     of them (n,), by row, then column.
@@ -41,9 +47,9 @@ def to_pairs(
     wanted -= min_symbol
 
     coded = np.clip(wanted, 0, table.n_symbols - 1)
-    pairs: IntArray = table.substitute[coded[0::2] * table.n_symbols + coded[1::2]]
-    coded[0::2] = pairs // table.n_symbols
-    coded[1::2] = pairs - coded[0::2] * table.n_symbols
+    first_pair = classes.astype(np.int64) * table.n_symbols**2  # of a row's class
+    pairs: IntArray = table.substitute[coded[0::2] * table.n_symbols + coded[1::2] + first_pair]
+    coded[0::2], coded[1::2] = np.divmod(pairs - first_pair, table.n_symbols)
     column, row = np.nonzero(wanted[:cols] != coded[:cols])
     order = np.lexsort((column, row))
     column, row = column[order], row[order]
@@ -57,8 +63,8 @@ def from_pairs(
 ) -> npt.NDArray[np.int32]:
     """Decode entries (steps, rows), raw bits (steps / 2, rows) -> q less outliers."""
     q = np.empty((2 * len(entries), entries.shape[1]), np.int32)
-    q[0::2] = entries >> 8 & 31
-    q[1::2] = entries >> 16 & 31
+    q[0::2] = entries >> 5 & 255
+    q[1::2] = entries >> 13 & 255
     q += min_symbol
     q <<= raw_bits
     for i in range(QUAD):

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from codec.choice import choose_code
+from codec import choice, classes, scale
+from codec.scale import ScaleLog2
 
 _BINS = 512  # per spread, centred on its multiples: a weight of 0 is well inside its bin
+_GROUPS = 8  # of rows of like size, told apart to predict what classes save
 _REACH = 32  # spreads; what is larger is counted as this large, and will be an outlier all the same
 _CHUNK_WEIGHTS = 1 << 20
 _SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**3  # in units of the spread
@@ -26,44 +28,56 @@ class Histogram:
     rows: int
     cols: int
     spread: float  # root mean square of the weights in these units; bins and reach count it
-    below: npt.NDArray[np.float64]  # (n_bins + 1,) how many are below each edge of a bin
+    # How many weights of each group of rows are below each edge of a bin (groups, n_bins + 1).
+    below: npt.NDArray[np.uint32]
+    scale_bits: float  # what a row's step will take
 
     def integers(self, c: float) -> tuple[npt.NDArray[np.float64], int]:
-        """How often rounding would yield lowest, lowest + 1, ..., -lowest; and lowest."""
+        """How often rounding would yield lowest, lowest + 1, ..., -lowest in each group of rows
+        (groups, n); and lowest.
+        """
         c = c / self.spread
         largest = int(_REACH / c) + 1
         edges = (np.arange(-largest, largest + 2) - 0.5) * (c * _BINS) + (_REACH * _BINS + 0.5)
-        edges[0], edges[-1] = 0, self.below.size - 1
-        below = np.interp(edges, np.arange(self.below.size), self.below)
-        return below[1:] - below[:-1], -largest
+        places = np.arange(self.below.shape[1])
+        edges[0], edges[-1] = 0, places[-1]
+        below = np.array([np.interp(edges, places, of_group) for of_group in self.below])
+        return np.diff(below), -largest
 
 
 def histogram(w: npt.NDArray[np.float32], units: npt.NDArray[np.floating]) -> Histogram:
     """Count w (rows, cols) in `units` (rows,), once for all trials of c."""
     rows, cols = w.shape
-    units = np.where(units > 0, units, np.inf)
-    spread = float(np.sqrt(np.mean((root_mean_squares(w) / units) ** 2))) or 1.0
-    bins_per_unit = (_BINS / (units * spread)).astype(np.float32)
+    divisor = np.where(units > 0, units, np.inf)
+    spread = float(np.sqrt(np.mean((root_mean_squares(w) / divisor) ** 2))) or 1.0
+    bins_per_unit = (_BINS / (divisor * spread)).astype(np.float32)
     middle = _REACH * _BINS
-    counts = np.zeros(2 * middle + 1, np.int64)
+    order = np.argsort(np.abs(w).mean(axis=1) / divisor, kind="stable")
+    groups = np.split(order, np.cumsum(classes.units(rows, _GROUPS))[:-1])
+    below = np.zeros((len(groups), 2 * middle + 2), np.uint32)
     size = max(1, _CHUNK_WEIGHTS // cols)
-    for start in range(0, rows, size):
-        chunk = slice(start, start + size)
-        x = w[chunk] * bins_per_unit[chunk, None]
-        np.clip(x, -middle, middle, out=x)
-        np.rint(x, out=x)
-        counts += np.bincount(x.astype(np.int64).ravel() + middle, minlength=counts.size)
-    return Histogram(rows, cols, spread, np.append(0.0, np.cumsum(counts)))
+    for of_group, members in zip(below, groups, strict=True):
+        for start in range(0, members.size, size):
+            chunk = members[start : start + size]
+            x = w[chunk] * bins_per_unit[chunk, None]
+            np.clip(x, -middle, middle, out=x)
+            np.rint(x, out=x)
+            places = x.astype(np.int64).ravel() + (middle + 1)
+            of_group += np.bincount(places, minlength=of_group.size).astype(np.uint32)
+    np.cumsum(below, axis=1, out=below)
+    steps = scale.nearest(units)[units > 0]
+    deviation = float(steps.std()) if steps.size else 0.0
+    return Histogram(rows, cols, spread, below, _bell_bits(deviation))
 
 
 def predicted_bits(h: Histogram, c: float, log2_states: int = 12) -> float:
     """All stored bits of the matrix if it is rounded to multiples of c times the units."""
     counts, lowest = h.integers(c)
-    code = choose_code(counts, lowest, log2_states)
-    # A row further stores its scale, its first state and its length, whose standard deviation is
-    # about a bit per square root of its weights (entropy log2(4.13 sigma)).
-    row_bits = 16 + log2_states + float(np.log2(4.13 * np.sqrt(h.cols)))
-    return code.bits + h.rows * row_bits + 16 * code.n_symbols
+    bits = choice.predicted_bits(counts, lowest, log2_states, classes.units(h.rows, _GROUPS))
+    # A row further stores its step, its first state and its length, whose standard deviation is
+    # about a bit per square root of its weights.
+    row_bits = h.scale_bits + log2_states + _bell_bits(float(np.sqrt(h.cols)))
+    return bits + h.rows * row_bits
 
 
 def bisect_constant(
@@ -95,21 +109,22 @@ def bisect_constant(
     return float(2.0**high)  # the rate jumps here, past the one that was asked for
 
 
-def row_steps(units: npt.NDArray[np.floating], c: float) -> npt.NDArray[np.float16]:
-    """c * units, (rows,), as they are stored. Raises ValueError if one is too large for float16."""
-    with np.errstate(over="ignore"):
-        steps = (c * units).astype(np.float16)
-    if not np.isfinite(steps).all():
-        row = int(np.argmax(~np.isfinite(steps)))
-        raise ValueError(f"the weights of row {row} are too large for a step in float16")
-    return steps
+def row_steps(units: npt.NDArray[np.floating], c: float) -> ScaleLog2:
+    """The nearest to c * units (rows,) on the grid of `codec.scale`; 0 for a unit of 0."""
+    return scale.nearest(c * units)
 
 
-def quantize(w: npt.NDArray[np.float32], steps: npt.NDArray[np.float16]) -> npt.NDArray[np.int32]:
+def quantize(w: npt.NDArray[np.float32], steps: ScaleLog2) -> npt.NDArray[np.int32]:
     """round(w / step), ties to even: (rows, cols) and (rows,) -> (rows, cols). Step 0 gives 0."""
-    q = w / np.where(steps > 0, steps, np.inf).astype(np.float32)[:, None]
+    step = scale.to_scale(steps)
+    q = w / np.where(step > 0, step, np.inf).astype(np.float32)[:, None]
     np.rint(q, out=q)
     return q.astype(np.int32)
+
+
+def _bell_bits(sigma: float) -> float:
+    """Entropy of a rounded Gaussian of that standard deviation."""
+    return float(np.log2(4.13 * np.sqrt(sigma * sigma + 1 / 12)))
 
 
 def root_mean_squares(w: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -118,6 +133,6 @@ def root_mean_squares(w: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         squares: npt.NDArray[np.float32] = np.einsum("rc,rc->r", w, w)
     if not np.isfinite(squares).all():
         row = int(np.argmax(~np.isfinite(squares)))
-        raise ValueError(f"row {row} has weights that are not finite numbers")
+        raise ValueError(f"row {row} has weights that are not finite, or above 1e19")
     rms: npt.NDArray[np.float32] = np.sqrt(squares / np.float32(w.shape[1]))
     return rms

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 MARGINAL_TOTAL = 1 << 16  # sum of a marginal
-MAX_SYMBOLS = 32  # a symbol has 5 bits in an entry of the decode table
+MAX_SYMBOLS = 32  # of a marginal: more would leave too few states for each pair
 RARE = 32  # a pair due less than 1/RARE of a state gets none
 
 IntArray = npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ class Table:
 
 
 def quantize_marginal(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.uint16]:
-    """How often each symbol occurs (n_symbols,) -> its share of MARGINAL_TOTAL, at least 1."""
+    """How often each symbol occurs (2 or more,) -> its share of MARGINAL_TOTAL, at least 1."""
     n = counts.size
     return _apportion(counts.astype(np.int64), MARGINAL_TOTAL, MARGINAL_TOTAL - n + 1).astype(
         np.uint16
@@ -48,12 +48,13 @@ def has_states(marginal: npt.NDArray[np.integer], log2_states: int) -> npt.NDArr
     """Which pairs (n_symbols^2,) are in the table.
 
     A state for a rare pair would cost all others more than the outliers that its few occurrences
-    become. The pairs of the most frequent symbol are exempt, for they stand for the rare ones.
+    become. The pairs of the most frequent symbol are exempt, for they stand for the rare ones, but
+    not those of symbols of probability 0.
     """
     m = marginal.astype(np.int64)
     kept: npt.NDArray[np.bool_] = np.outer(m, m) * RARE << log2_states >= MARGINAL_TOTAL**2
     mode = m.argmax()
-    kept[mode, :] = kept[:, mode] = True
+    kept[mode, :] = kept[:, mode] = m > 0
     return kept.ravel()
 
 
@@ -73,14 +74,14 @@ def pair_frequencies(marginal: npt.NDArray[np.uint16], log2_states: int) -> IntA
 def decode_table(marginal: npt.NDArray[np.uint16], log2_states: int) -> npt.NDArray[np.uint32]:
     """One entry per state (2^P,); the next state is base + the next nbits bits of the stream.
 
-    Bits 0..4 nbits, 8..12 symbol0, 16..20 symbol1, 21..31 base; for P = 12, where nbits >= 1 makes
-    every base even, base / 2.
+    Bits 0..4 nbits, 5..12 symbol0, 13..20 symbol1, 21..31 base; for P = 12, where nbits >= 1 makes
+    every base even, base / 2. A symbol has a byte, so that a float's exponent fits in its place.
     """
     pair, x = _spread(marginal, log2_states)
     nbits = log2_states - _floor_log2(x)
     base = (x << nbits) - (1 << log2_states)
     symbol0, symbol1 = np.divmod(pair, marginal.size)
-    entries = nbits | symbol0 << 8 | symbol1 << 16 | base >> (log2_states - 11) << 21
+    entries = nbits | symbol0 << 5 | symbol1 << 13 | base >> (log2_states - 11) << 21
     return entries.astype(np.uint32)
 
 
@@ -96,9 +97,12 @@ def build_table(marginal: npt.NDArray[np.uint16], log2_states: int) -> Table:
     # A pair of frequency f emits `most` bits from x = f << most on, and one bit less below.
     most = log2_states - _floor_log2(np.maximum(frequencies, 1))
 
-    # A rare pair keeps its more frequent symbol; the most frequent of all replaces the other.
+    # A rare pair keeps its more frequent symbol; the most frequent of all replaces the other. First
+    # a symbol of probability 0 becomes the nearest one above 0: these follow each other.
     every = np.arange(n * n)
-    symbol0, symbol1 = np.divmod(every, n)
+    used = np.flatnonzero(marginal)
+    symbol0, symbol1 = (np.clip(s, used[0], used[-1]) for s in np.divmod(every, n))
+    nearest = symbol0 * n + symbol1
     mode = marginal.argmax()
     kept_first = marginal[symbol0] >= marginal[symbol1]
     stand_in = np.where(kept_first, symbol0 * n + mode, mode * n + symbol1)
@@ -106,11 +110,39 @@ def build_table(marginal: npt.NDArray[np.uint16], log2_states: int) -> Table:
         log2_states=log2_states,
         n_symbols=n,
         frequencies=frequencies,
-        substitute=np.where(frequencies > 0, every, stand_in),
+        substitute=np.where(frequencies[nearest] > 0, nearest, stand_in),
         delta_bits=(most << 16) - (frequencies << most),
         delta_state=start - frequencies,
         next_x=next_x,
     )
+
+
+def build_tables(marginals: npt.NDArray[np.uint16], log2_states: int) -> Table:
+    """The tables of several classes, marginals (n_classes, n_symbols), as one.
+
+    Pair p of class c is c * n_symbols^2 + p; its next_x are as if the class were alone.
+    """
+    n_classes, n = marginals.shape
+    tables = [build_table(marginal, log2_states) for marginal in marginals]
+    first = np.repeat(np.arange(n_classes), n * n)
+
+    def joined(field: str) -> IntArray:
+        return np.concatenate([getattr(table, field) for table in tables])
+
+    return Table(
+        log2_states=log2_states,
+        n_symbols=n,
+        frequencies=joined("frequencies"),
+        substitute=joined("substitute") + first * (n * n),
+        delta_bits=joined("delta_bits"),
+        delta_state=joined("delta_state") + (first << log2_states),
+        next_x=joined("next_x"),
+    )
+
+
+def decode_tables(marginals: npt.NDArray[np.uint16], log2_states: int) -> npt.NDArray[np.uint32]:
+    """`decode_table` of each class: marginals (n_classes, n_symbols) -> (n_classes, 2^P)."""
+    return np.stack([decode_table(marginal, log2_states) for marginal in marginals])
 
 
 def _weights(marginal: npt.NDArray[np.uint16]) -> IntArray:

@@ -38,7 +38,8 @@ def inverse_factor(hessian: npt.NDArray[np.floating], damping: float = DAMPING) 
     h[np.diag_indices_from(h)] += damping * mean if mean > 0 else 1.0
     # H = R R^T with R upper triangular is Cholesky's factorisation from the last row upwards.
     r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return np.asarray(np.linalg.inv(r), np.float64)
+    u: Floats = np.linalg.inv(r)
+    return u
 
 
 def unit_steps(u: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
@@ -47,7 +48,8 @@ def unit_steps(u: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
     least = _LEAST_GRADIENT * np.sqrt(np.mean(g * g))
     if least == 0:  # an output that never mattered: all rows alike
         g, least = np.ones_like(g), 1.0
-    return float(np.exp(np.mean(np.log(np.diag(u))))) / np.maximum(g, least)
+    steps: Floats = np.exp(np.mean(np.log(np.diag(u)))) / np.maximum(g, least)
+    return steps
 
 
 def quantize_whitened(w: Array, u: Floats, steps: Array) -> npt.NDArray[np.int32]:
@@ -56,7 +58,8 @@ def quantize_whitened(w: Array, u: Floats, steps: Array) -> npt.NDArray[np.int32
     Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
     error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding.
     """
-    z: Array = np.ascontiguousarray(w.T) / np.where(steps > 0, steps, np.float32(np.inf))
+    divisor: Array = np.where(steps > 0, steps, np.inf).astype(np.float32)
+    z = np.ascontiguousarray(w.T) / divisor
     q = _sweep(z, u, _bits(z))
     return np.ascontiguousarray(q.T)
 

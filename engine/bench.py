@@ -26,6 +26,7 @@ import numpy as np
 from engine.errors import EngineError
 from engine.generate import Engine, Stats
 from weights.cache import DEFAULT_MODEL
+from weights.convert import parse_bits
 
 _WARM_UP_SECONDS = 0.5
 
@@ -131,12 +132,15 @@ def _weights_per_token(engine: Engine) -> int:
 
 def _describe(engine: Engine) -> dict[str, Any]:
     """What was measured, and where."""
+    activations = "exact" if engine.exact else "int8"
+    if engine.weights.lossless:
+        activations = "float32"
     return {
         "model": engine.weights.source,
         "parameters": engine.config.n_params,
         "bits_per_weight_blocks": engine.weights.bits_per_weight(block_only=True),
         "bits_per_weight_file": engine.weights.bits_per_weight(block_only=False),
-        "activations": "exact" if engine.exact else "int8",
+        "activations": activations,
         "context": engine.context,
         "device_bytes": engine.memory().total_bytes,
         "adapter": engine.adapter_name,
@@ -181,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="weights file or model (%(default)s)")
-    add("--bits", type=float, help="stored bits per weight, when it is converted")
+    bits_help = "stored bits per weight, or lossless, when it is converted"
+    add("--bits", type=parse_bits, help=bits_help)
     add("--pp", type=int, nargs="*", default=[128], metavar="N", help="prompt lengths (128)")
     add("--tg", type=int, nargs="*", default=[64], metavar="N", help="tokens to generate (64)")
     add("--depth", type=int, nargs="*", default=[0], metavar="N", help="tokens before them (0)")

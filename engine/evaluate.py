@@ -28,7 +28,8 @@ from engine.report import Row, as_json, as_markdown
 from engine.tokenizer import Tokenizer
 from model.reference import Reference
 from weights.cache import DEFAULT_MODEL, is_weights_file, resolve
-from weights.convert import MAX_BITS, MIN_BITS
+from weights.convert import Bits, parse_bits
+from weights.rates import MAX_BITS, MIN_BITS
 from weights.sources import open_source
 
 _PLOT_SUFFIXES = (".png", ".svg")
@@ -87,10 +88,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return a
 
 
-def _rates(text: str) -> list[float]:
+def _rates(text: str) -> list[Bits]:
     """`2,2.5,3`"""
-    rates = [float(rate) for rate in text.split(",")]  # argparse reports a ValueError
-    if not all(MIN_BITS <= rate <= MAX_BITS for rate in rates):
+    rates = [parse_bits(rate) for rate in text.split(",")]
+    if not all(rate == "lossless" or MIN_BITS <= rate <= MAX_BITS for rate in rates):
         raise argparse.ArgumentTypeError(f"{text}: expected {MIN_BITS:g} to {MAX_BITS:g} each")
     return rates
 
@@ -123,7 +124,7 @@ def _read_text(path: str) -> str:
         raise EngineError(f"{path}: expected a text in UTF-8: {error}") from None
 
 
-def _check_models(models: Sequence[str], bits: Sequence[float]) -> None:
+def _check_models(models: Sequence[str], bits: Sequence[Bits]) -> None:
     """Before the first is converted: every one is there, and none has bits that it cannot have."""
     for model in models:
         if not is_weights_file(model):

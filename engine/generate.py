@@ -18,6 +18,7 @@ from engine.sampler import RING, Sampler, Sampling
 from engine.tokenizer import Tokenizer
 from model.llama import MAX_TOKENS, Llama
 from weights.cache import resolve
+from weights.convert import Bits
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096
@@ -101,7 +102,7 @@ class Engine:
         exact: bool = False,
         context: int | None = None,
         adapter: str | None = None,
-        bits: float | None = None,
+        bits: Bits | None = None,
     ) -> Self:
         """`model`: a weights file, or a source that is converted to `bits` on first use.
 

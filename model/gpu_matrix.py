@@ -3,27 +3,43 @@
 On a GPU streams stay as they are in the file. What is added at load is where lanes may enter them:
 every `segment_blocks` * 32 columns of every row, found by one pass over the matrix. On a software
 adapter a lane takes whole rows, and the streams of neighbouring rows are interleaved. Both are the
-adapter's business and not the format's.
+adapter's business and not the format's. On both, rows lie sorted by class, so that a tile, which a
+workgroup decodes, needs one table; their results go to where they belong.
+
+Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
+and their activations are f32; streams, entry points and lanes are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from codec import classes
+from codec.classes import TILE
+from codec.lossless import AnyMatrix, LosslessMatrix, exponent_tables
 from codec.matrix import CodedMatrix
-from codec.table import decode_table
+from codec.table import decode_tables
 from engine.device import STORAGE, UNIFORM, Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
+from model.gpu_layout import (
+    BLOCK,
+    CHUNK_BITS,
+    interleaved_streams,
+    padded_rows,
+    row_chunks,
+    row_info,
+    streams,
+    tiled_fields,
+)
 
-BLOCK = 32  # columns that share an activation scale
-TILE = 32  # rows of a workgroup
-MAX_STATES = 4096  # what matvec_rows declares its table to hold
+FLOAT = 4  # bytes of an activation, for which there are n_digits otherwise
+_MAX_TABLE = 4096  # states of one table
 
 # Lanes that fill a large GPU (an H100 holds 270k, and half of them hide its latency), and the
 # longest segment: longer ones no longer leave all of a subgroup's streams in the L1 cache.
@@ -33,12 +49,15 @@ _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocesso
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows: the activations are loaded once for all of them
-_CHUNK_BITS = 128  # what stream_wide reads at a time
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a matvec reads: vectors of 32 * n_blocks columns as int8 digits, and their scales."""
+    """What a matvec reads: vectors of 32 * n_blocks columns as int8 digits, and their scales.
+
+    For matrices without loss n_digits is FLOAT, the digits are f32 (tokens, 32 * n_blocks), and
+    scales have no meaning.
+    """
 
     digits: Any  # int8 (tokens, n_digits, 32 * n_blocks)
     scale: Any  # f32 (tokens, n_blocks, 2): scale, sum of the block
@@ -64,37 +83,59 @@ class Output:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows [row_begin, row_begin + rows) of a matrix: as many as one binding may hold."""
+    """Rows [row_begin, row_begin + rows), sorted by class: as many as one binding may hold."""
 
     row_begin: int
     rows: int
     words: Any
-    row_info: Any  # (rows_padded,) of struct Row
+    row_info: Any  # (rows_padded,) of struct Row, sorted by class
     entries: Any  # u32 (n_segments, rows_padded)
+    mantissas: Any | None  # of floats: (rows_padded / TILE, row_chunks, TILE) of 16 bytes
 
     @property
     def rows_padded(self) -> int:
-        return _padded(self.rows)
+        return padded_rows(self.rows)
+
+    @property
+    def buffers(self) -> dict[str, Any]:
+        """By the names that they have in the kernels."""
+        found = {"words": self.words, "row_info": self.row_info, "entries": self.entries}
+        return found if self.mantissas is None else {**found, "mantissas": self.mantissas}
 
 
 class GpuMatrix:
     """One coded matrix on one device."""
 
     def __init__(
-        self, kernels: Kernels, name: str, m: CodedMatrix, *, one_split: bool = False
+        self,
+        kernels: Kernels,
+        name: str,
+        matrix: AnyMatrix,
+        *,
+        one_split: bool = False,
     ) -> None:
         """`one_split`: the matvec's output must not be left in parts."""
         device = kernels.device
         self.kernels = kernels
         self.name = name
+        floats = matrix if isinstance(matrix, LosslessMatrix) else None
+        m = matrix.exponents if isinstance(matrix, LosslessMatrix) else matrix
         self.rows, self.cols = m.rows, m.cols
         self.n_blocks = -(-m.cols // BLOCK)
-        self.raw_bits, self.min_symbol = m.raw_bits, m.min_symbol
         self.n_states = 1 << m.log2_states
-        self.offset = m.min_symbol << m.raw_bits
+        self.floats = floats is not None
+        self._raw_bits = m.raw_bits
+        # What a decoded symbol means: overrides and params of the kernels that use it.
+        self._overrides: dict[str, int] = {}
+        self._params = dict(offset=m.min_symbol << m.raw_bits)
+        tables = decode_tables(m.marginals, m.log2_states)
+        if floats:
+            self._overrides = dict(field_bits=floats.field_bits)
+            self._params = dict(row_chunks=row_chunks(floats))
+            tables = exponent_tables(floats)
 
         # For either number of states, so that all of a model's matrices agree.
-        table_bytes = 4 * MAX_STATES + 4 * _MAX_GROUP_LANES
+        table_bytes = 4 * _MAX_TABLE + 4 * _MAX_GROUP_LANES
         self.whole_rows = device.software or table_bytes > device.workgroup_memory
         max_segments = min(_MAX_GROUP_LANES, device.max_workgroup_lanes) // TILE
         self.segment_blocks = self.n_blocks
@@ -107,22 +148,34 @@ class GpuMatrix:
         self.splits = -(-self.n_segments // max_segments)
         self.segments_per_group = -(-self.n_segments // self.splits)
 
-        table = np.zeros(MAX_STATES, np.uint32)
-        table[: self.n_states] = decode_table(m.marginal, m.log2_states)
-        self.table = device.upload(f"{name}.table", table, STORAGE | UNIFORM)
+        if self.whole_rows:  # as much as matvec_rows declares
+            tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
+        usage = STORAGE | UNIFORM if self.whole_rows else STORAGE
+        self.table = device.upload(f"{name}.table", tables, usage)
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
         self.interleave = _SOFTWARE_LANES if self.whole_rows else 1
-        self.parts = [self._upload(m, begin, end) for begin, end in self._row_ranges(m)]
+        self._order = classes.device_order(m.classes)
+        self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
+        self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
 
-    def _row_ranges(self, m: CodedMatrix) -> Iterator[tuple[int, int]]:
+    def _row_ranges(
+        self, m: CodedMatrix, floats: LosslessMatrix | None
+    ) -> Iterator[tuple[int, int]]:
         """Row ranges, in whole tiles, whose words fit one binding."""
+        most = m.rows
+        if floats:
+            tile_bytes = TILE * row_chunks(floats) * CHUNK_BITS // 8
+            most = TILE * max(1, self.kernels.device.max_binding_bytes // tile_bytes)
         # Interleaving fills rows up to the longest beside them: at most one longest row a group.
-        room = 8 * (self.kernels.device.max_binding_bytes - self._guard_bytes(m)) - _CHUNK_BITS
-        longest = int(m.row_bits.max()) + 2 * _CHUNK_BITS
-        ends = m.row_offsets if self.interleave == 1 else np.arange(m.rows + 1) * longest
+        room = 8 * (self.kernels.device.max_binding_bytes - self._guard_bytes(m)) - CHUNK_BITS
+        bits = m.row_bits[self._order] + 2 * 32
+        if self.interleave > 1:
+            bits[:] = m.row_bits.max() + 2 * CHUNK_BITS
+        ends = np.append(0, np.cumsum(bits))
         begin = 0
         while begin < m.rows:
             end = int(np.searchsorted(ends, ends[begin] + room, side="right")) - 1
+            end = min(end, begin + most)
             if end < m.rows:
                 end = begin + max(TILE, (end - begin) // TILE * TILE)
             end = min(end, m.rows)
@@ -138,21 +191,18 @@ class GpuMatrix:
         cols = -(-m.cols // BLOCK) * BLOCK
         return self.interleave * ((m.log2_states + 2 * m.raw_bits) * cols // 16 + 64)
 
-    def _upload(self, m: CodedMatrix, begin: int, end: int) -> _Part:
-        device, rows, padded = self.kernels.device, end - begin, _padded(end - begin)
+    def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> _Part:
+        device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
+        numbers = self._order[begin:end]
         if self.interleave == 1:
-            first_word = int(m.row_offsets[begin]) // 32
-            words = m.words[first_word : -(-int(m.row_offsets[end]) // 32)]
-            bits = m.row_offsets[begin:end] - 32 * first_word
+            words, bits = streams(m, numbers)
         else:
-            words, bits = _interleaved(m, begin, end, self.interleave)
-        info = np.zeros((padded, 4), np.uint32)  # struct Row
-        info[:rows, 0] = bits
-        info[:rows, 1] = m.scale[begin:end].astype(np.float32).view(np.uint32)
-        info[:rows, 2] = m.outlier_offsets[begin:end]
-        info[:rows, 3] = np.diff(m.outlier_offsets[begin : end + 1])
+            words, bits = interleaved_streams(m, numbers, self.interleave)
+        self._by_number[numbers] = row_info(m, numbers, bits, np.arange(begin, end))
+        info = np.zeros((padded, 4), np.uint32)
+        info[:rows] = row_info(m, numbers, bits, numbers)
         entries = np.zeros((self.n_segments, padded), np.uint32)
-        entries[0, :rows] = m.states[begin:end]
+        entries[0, :rows] = m.states[numbers]
         label = f"{self.name}[{begin}:{end}]"
         part = _Part(
             begin,
@@ -160,9 +210,10 @@ class GpuMatrix:
             device.upload(f"{label}.words", words, padding_bytes=self._guard_bytes(m)),
             device.upload(f"{label}.row_info", info),
             device.upload(f"{label}.entries", entries),
+            device.upload(f"{label}.mantissas", tiled_fields(floats, numbers)) if floats else None,
         )
         if self.n_segments > 1:
-            kernel = self.kernels.get("entry_points", **self._code)
+            kernel = self.kernels.get("entry_points", **self._stream)
             dispatch = kernel.dispatch(
                 [-(-rows // TILE)],
                 dict(
@@ -180,14 +231,14 @@ class GpuMatrix:
         return part
 
     @property
-    def _code(self) -> dict[str, int]:
-        """Overrides that say how weights are coded and laid out."""
-        return dict(n_states=self.n_states, raw_bits=self.raw_bits, interleave=self.interleave)
+    def _stream(self) -> dict[str, int]:
+        """Overrides that say how streams are coded and laid out."""
+        return dict(n_states=self.n_states, raw_bits=self._raw_bits, interleave=self.interleave)
 
     @property
     def read_bytes(self) -> int:
         """Bytes that one matvec reads of the matrix."""
-        buffers = [b for part in self.parts for b in (part.words, part.row_info, part.entries)]
+        buffers = [buffer for part in self.parts for buffer in part.buffers.values()]
         return sum(buffer.size for buffer in [*buffers, self.table, self.outliers])
 
     def output(self, label: str, tokens: int) -> Output:
@@ -196,15 +247,19 @@ class GpuMatrix:
 
     def matvec(self, x: Activations, y: Output, *, tokens: int, digits: int) -> Iterator[Dispatch]:
         """y[split, t] = the split's share of W x[t]."""
-        code = dict(tokens=tokens, digits=digits, **self._code)
+        overrides = dict(tokens=tokens, **self._stream, **self._overrides)
+        if self.floats:
+            name, activations = "matvec_float", dict(x=x.digits)
+        else:
+            name, activations = "matvec", dict(x_digits=x.digits, x_scale=x.scale)
+            overrides["digits"] = digits
         if self.whole_rows:
-            kernel = self.kernels.get("matvec_rows", rows_per_lane=_ROWS_PER_LANE, **code)
+            kernel = self.kernels.get(f"{name}_rows", rows_per_lane=_ROWS_PER_LANE, **overrides)
             tile, segments = _SOFTWARE_LANES * _ROWS_PER_LANE, {}
         else:
             group = self.segments_per_group
-            kernel = self.kernels.get(
-                "matvec", rows_per_lane=1, segments_per_group=group, partials=TILE * group, **code
-            )
+            overrides |= dict(segments_per_group=group, partials=TILE * group)
+            kernel = self.kernels.get(name, rows_per_lane=1, **overrides)
             tile = TILE
             segments = dict(n_segments=self.n_segments, segment_blocks=self.segment_blocks)
         for part in self.parts:
@@ -213,26 +268,27 @@ class GpuMatrix:
             yield kernel.dispatch(
                 [-(-part.rows // tile), self.splits],
                 dict(
-                    row_begin=part.row_begin,
                     rows=part.rows,
                     y_rows=self.rows,
                     n_blocks=self.n_blocks,
-                    offset=self.offset,
                     **segments,
+                    **self._params,
                 ),
-                words=part.words,
-                row_info=part.row_info,
-                entries=part.entries,
+                **part.buffers,
                 table=self.table,
                 outliers=self.outliers,
-                x_digits=x.digits,
-                x_scale=x.scale,
+                **activations,
                 y=y.buffer,
             )
 
+    @cached_property
+    def _rows_by_number(self) -> Any:
+        return self.kernels.device.upload(f"{self.name}.rows_by_number", self._by_number)
+
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
-        kernel = self.kernels.get("embed", **self._code)
+        name = "embed_float" if self.floats else "embed"
+        kernel = self.kernels.get(name, **self._stream, **self._overrides)
         for part in self.parts:
             yield kernel.dispatch(
                 [-(-self.n_segments // 32), tokens],
@@ -243,45 +299,11 @@ class GpuMatrix:
                     cols=self.cols,
                     n_segments=self.n_segments,
                     segment_blocks=self.segment_blocks,
-                    min_symbol=self.min_symbol,
+                    **self._params,
                 ),
                 state=state,
-                words=part.words,
-                row_info=part.row_info,
-                entries=part.entries,
+                **part.buffers | {"row_info": self._rows_by_number},
                 table=self.table,
                 outliers=self.outliers,
                 x=x,
             )
-
-
-def _padded(rows: int) -> int:
-    return -(-rows // TILE) * TILE
-
-
-def _interleaved(
-    m: CodedMatrix, begin: int, end: int, lanes: int
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """The rows' streams with the 16-byte chunks of every `lanes` rows alternating, and where each
-    starts.
-
-    A row keeps its offset within the first chunk; its next chunk is `lanes` chunks further on.
-    """
-    rows = end - begin
-    first = m.row_offsets[begin:end] // _CHUNK_BITS
-    counts = -(-m.row_offsets[begin + 1 : end + 1] // _CHUNK_BITS) - first
-    groups = np.zeros((-(-rows // lanes), lanes), np.int64)
-    groups.ravel()[:rows] = counts
-    widths = groups.max(axis=1)
-    group_starts = lanes * (np.cumsum(widths) - widths)
-    row = np.arange(rows)
-    starts = group_starts[row // lanes] + row % lanes
-
-    base = 4 * first[0]
-    words = np.zeros(-(-(m.words.size - base) // 4) * 4, np.uint32)
-    words[: m.words.size - base] = m.words[base:]
-    chunk_row = np.repeat(row, counts)
-    step = np.arange(chunk_row.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    out = np.zeros((lanes * int(widths.sum()), 4), np.uint32)
-    out[starts[chunk_row] + lanes * step] = words.reshape(-1, 4)[first[chunk_row] - first[0] + step]
-    return out.ravel(), starts * _CHUNK_BITS + m.row_offsets[begin:end] % _CHUNK_BITS

@@ -15,7 +15,7 @@ import numpy as np
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan
-from model.gpu_matrix import Activations, GpuMatrix, Output
+from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
 from model.kv_cache import KVCache, half_padded
 from weights.store import WeightsFile
 
@@ -63,6 +63,8 @@ class Llama:
         self.config = c = weights.config
         self.kernels = Kernels(device)
         self.digits = EXACT_DIGITS if exact else INT8_DIGITS
+        if weights.lossless:
+            self.digits = FLOAT  # coarser activations would spoil what the weights have kept
 
         before = device.allocated_bytes
         tied = weights.matrix("model.embed_tokens")

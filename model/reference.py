@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from codec.matrix import dequantize
+from codec.lossless import to_floats
 from model.config import ModelConfig
 from weights import layout
 from weights.sources import Source
@@ -215,8 +215,8 @@ class Reference:
 
     @classmethod
     def from_weights(cls, file: WeightsFile, **options: Any) -> Self:
-        """The model that a weights file holds, dequantized to float32."""
-        tensors = {name: dequantize(file.matrix(name)) for name in file.matrix_names}
+        """The model that a weights file holds, as float32."""
+        tensors = {name: to_floats(file.matrix(name)) for name in file.matrix_names}
         tensors |= {name: file.tensor(name) for name in layout.vectors(file.config)}
         return cls(file.config, tensors, **options)
 

@@ -19,13 +19,14 @@ struct Params {
 @group(0) @binding(3) var<storage, read> table: array<u32>;
 @group(0) @binding(4) var<storage, read_write> entries: array<u32>;  // (n_segments, rows_padded)
 
-fn table_entry(state: u32) -> u32 { return table[state]; }
+fn table_entry(s: ptr<function, Stream>) -> u32 { return table[(*s).table + (*s).state]; }
 
 @compute @workgroup_size(32)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   if (id.x >= params.rows) { return; }
-  let bit = row_info[id.x].bit;
-  var s = open_stream(bit, entries[id.x]);
+  let row = row_info[id.x];
+  let bit = row.bit;
+  var s = open_stream(bit, entries[id.x], first_entry(row));
   for (var segment = 1u; segment < params.n_segments; segment++) {
     for (var half = 0u; half < 2u * params.segment_blocks; half++) { _ = decode16(&s); }
     entries[segment * params.rows_padded + id.x] = (stream_bit(&s) - bit) * n_states + s.state;

@@ -6,13 +6,11 @@
 //#import ans
 //#import stream
 //#import matrix
+//#import sums
 //#import dot
-
-override segments_per_group: u32;
-override partials: u32;  // 32 * segments_per_group
+//#import segments
 
 struct Params {
-  row_begin: u32,
   rows: u32,
   rows_padded: u32,
   y_rows: u32,
@@ -32,43 +30,22 @@ struct Params {
 @group(0) @binding(7) var<storage, read> x_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (splits, tokens, y_rows)
 
-var<workgroup> states: array<u32, n_states>;
-var<workgroup> partial: array<f32, partials>;
-
-fn table_entry(state: u32) -> u32 { return states[state]; }
-
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
         @builtin(workgroup_id) group: vec3<u32>) {
-  for (var i = lane; i < n_states / 4u; i += partials) {
-    let four = table[i];
-    states[4u * i] = four.x;
-    states[4u * i + 1u] = four.y;
-    states[4u * i + 2u] = four.z;
-    states[4u * i + 3u] = four.w;
-  }
-  workgroupBarrier();
   let index = group.x * 32u + local.x;
-  let segment = group.y * segments_per_group + local.y;
   let row = row_info[index];
+  load_table(lane, first_entry(row_info[group.x * 32u]));
+  let segment = group.y * segments_per_group + local.y;
   var sums: array<Sums, MAX_ROWS>;  // rows_per_lane is 1 here
   if (segment < params.n_segments) {
     let entry = entries[segment * params.rows_padded + index];
     var streams: array<Stream, MAX_ROWS>;
-    streams[0] = open_stream(row.bit + entry / n_states, entry & (n_states - 1u));
+    streams[0] = open_stream(row.bit + entry / n_states, entry & (n_states - 1u), 0u);
     let begin = segment * params.segment_blocks;
     let end = min(begin + params.segment_blocks, params.n_blocks);
     for (var block = begin; block < end; block++) { accumulate_block(&streams, block, &sums); }
     if (segment == 0u) { sums[0] = add_outliers(row, sums[0]); }
   }
-  for (var t = 0u; t < tokens; t++) {
-    partial[lane] = sums[0][t];
-    workgroupBarrier();
-    if (local.y == 0u && index < params.rows) {
-      var sum = 0.0;
-      for (var i = 0u; i < segments_per_group; i++) { sum += partial[32u * i + local.x]; }
-      y[(group.y * tokens + t) * params.y_rows + params.row_begin + index] = sum * row.scale;
-    }
-    workgroupBarrier();
-  }
+  write_sums(sums[0], row_scale(row), matrix_row(row), index, local.xy, group.y);
 }

@@ -6,12 +6,12 @@
 //#import ans
 //#import stream_wide
 //#import matrix
+//#import sums
 //#import dot
 
 const LANES = 8u;  // one AVX2 vector; the rows that interleave
 
 struct Params {
-  row_begin: u32,
   rows: u32,
   y_rows: u32,
   n_blocks: u32,
@@ -19,7 +19,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<uniform> table: array<vec4<u32>, 1024>;  // 4096 states, or 2048 and a rest never reached
+@group(0) @binding(1) var<uniform> table: array<vec4<u32>, 4096>;  // of all classes, and a rest never reached
 @group(0) @binding(2) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> row_info: array<Row>;
 @group(0) @binding(4) var<storage, read> entries: array<u32>;  // the rows' initial states
@@ -28,7 +28,10 @@ struct Params {
 @group(0) @binding(7) var<storage, read> x_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (1, tokens, y_rows)
 
-fn table_entry(state: u32) -> u32 { return table[state >> 2u][state & 3u]; }
+fn table_entry(s: ptr<function, Stream>) -> u32 {
+  let i = (*s).table + (*s).state;
+  return table[i >> 2u][i & 3u];
+}
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
@@ -37,7 +40,8 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var sums: array<Sums, MAX_ROWS>;
   for (var r = 0u; r < rows_per_lane; r++) {
     let index = first + r * LANES;
-    streams[r] = open_stream(row_info[index].bit, entries[index]);
+    let row = row_info[index];
+    streams[r] = open_stream(row.bit, entries[index], first_entry(row));
   }
   for (var block = 0u; block < params.n_blocks; block++) { accumulate_block(&streams, block, &sums); }
   for (var r = 0u; r < rows_per_lane; r++) {
@@ -46,7 +50,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     let total = add_outliers(row, sums[r]);
     if (index < params.rows) {
       for (var t = 0u; t < tokens; t++) {
-        y[t * params.y_rows + params.row_begin + index] = total[t] * row.scale;
+        y[t * params.y_rows + matrix_row(row)] = total[t] * row_scale(row);
       }
     }
   }

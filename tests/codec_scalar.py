@@ -9,14 +9,17 @@ from heapq import heapify, heappop, heappush
 
 
 def frequencies(marginal, log2_states):
-    """Webster: a kept pair has one state; each further one goes to the largest w / (2 f + 1)."""
+    """Webster: a kept pair has one state; each further one goes to the largest w / (2 f + 1).
+
+    Pairs with a symbol of probability 0 are never kept.
+    """
     n, states = len(marginal), 2**log2_states
     mode = marginal.index(max(marginal))
     weight = {}
     for i in range(n):
         for j in range(n):
             w = marginal[i] * marginal[j]
-            if mode in (i, j) or Fraction(w, 2**32) * states >= Fraction(1, 32):
+            if (w and (mode in (i, j))) or Fraction(w, 2**32) * states >= Fraction(1, 32):
                 weight[i * n + j] = w
     f = dict.fromkeys(weight, 1)
     queue = [(-Fraction(w, 3), pair) for pair, w in weight.items()]
@@ -43,8 +46,8 @@ def state_table(marginal, log2_states):
 
 
 def decode_row(m, row):
-    """A row of a CodedMatrix -> its integers; (bits read, state) before each pair and last."""
-    table = state_table(tuple(m.marginal.tolist()), m.log2_states)
+    """A row of a CodedMatrix -> its integers; (bits read, state) before each pair, bits in all."""
+    table = state_table(tuple(m.marginals[m.classes[row]].tolist()), m.log2_states)
     words = m.words.tolist()
     position, state = int(m.row_offsets[row]), int(m.states[row])
 
@@ -62,12 +65,12 @@ def decode_row(m, row):
         if pair % 2 == 0:
             raw = read(4 * m.raw_bits)
         symbol0, symbol1, nbits, base = table[state]
-        state = base + read(nbits)
+        if pair < (m.cols + 3) // 4 * 2 - 1:
+            state = base + read(nbits)
         for symbol in (symbol0, symbol1):
             q.append((symbol + m.min_symbol) * 2**m.raw_bits + raw % 2**m.raw_bits)
             raw >>= m.raw_bits
-    trail.append((position - start, state))
     for outlier in m.outliers[m.outlier_offsets[row] : m.outlier_offsets[row + 1]].tolist():
         remainder = outlier >> 16
         q[outlier & 0xFFFF] += (remainder - 2**16 * (remainder >> 15)) * 2**m.raw_bits
-    return q[: m.cols], trail
+    return q[: m.cols], trail, position - start

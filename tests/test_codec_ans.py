@@ -10,32 +10,33 @@ from codec import ans
 from codec.choice import FAST_RAW_BITS, SLOW_BITS
 from codec.matrix import encode_matrix
 from codec.pairs import to_pairs
-from codec.table import build_table, decode_table, quantize_marginal
+from codec.table import build_table, build_tables, decode_tables, quantize_marginal
 
 
 def test_stream_by_hand():
     """Two quads in the table of `test_table_of_one_value_by_hand`, with one raw bit per weight.
 
-    From the end, x = state + 2048 = 2048. Pair (0, 0): the low bit of x, 0, and x / 2 = 1024 is its
-    state 0. Pair (0, 1): 2 bits, 00, and 512 is its first state, 1024. Pair (0, 0): x = 3072, one
-    bit, 0, and 1536 is its state 512. Pair (1, 0): x = 2560, 00, and 640 is its state 1025 + 256.
+    From the end, pair (0, 0): its lowest state, 0, so x = state + 2048 = 2048. Pair (0, 1): 2 bits
+    of x, 00, and 512 is its first state, 1024. Pair (0, 0): x = 3072, one bit, 0, and 1536 is its
+    state 512. Pair (1, 0): x = 2560, 00, and 640 is its state 1025 + 256.
     """
     marginal = np.array([65535, 1], np.uint16)
     pairs, raw = np.array([[2], [0], [1], [0]]), np.array([[0b0110], [0b1011]], np.uint16)
     states, quads, lengths = ans.encode(build_table(marginal, 11), pairs, raw, raw_bits=1)
     assert states.tolist() == [1281]
-    assert quads.tolist() == [[0b0110_00_0, 0b1011_00_0]]
-    assert lengths.tolist() == [[7, 7]]
+    assert quads.tolist() == [[0b0110_00_0, 0b1011_00]]
+    assert lengths.tolist() == [[7, 6]]
 
     writer = ans.BitWriter()
-    assert writer.append(quads, lengths).tolist() == [14]
-    assert writer.words().tolist() == [0b0110_00_0_1011_00_0 << 18]
+    assert writer.append(quads, lengths).tolist() == [13]
+    assert writer.words().tolist() == [0b0110_00_0_1011_00 << 19]
 
-    decoder = ans.Decoder(decode_table(marginal, 11), 1, writer.words(), np.array([0]), states)
+    tables, first = decode_tables(marginal[None], 11), np.zeros(1, np.uint8)
+    decoder = ans.Decoder(tables, 1, writer.words(), np.array([0]), states, first)
     visited, got_raw = decoder.run(4)
     assert visited.tolist() == [[1281], [512], [1024], [0]]
     assert np.array_equal(got_raw, raw)
-    assert (decoder.consumed.tolist(), decoder.states.tolist()) == ([14], [0])
+    assert decoder.consumed.tolist() == [14]  # with the bit that the last pair would have
 
 
 @given(st.lists(st.lists(st.integers(1, 63), min_size=1, max_size=40), min_size=1, max_size=6))
@@ -57,15 +58,21 @@ def test_bits_are_packed_in_order(batches):
 
 def test_decoder_resumes_where_it_stopped():
     rng = np.random.default_rng(1)
-    marginal = quantize_marginal(np.array([5, 20, 50, 20, 5]))
-    pairs = rng.choice(np.flatnonzero(build_table(marginal, 12).frequencies), (30, 7))
+    counts = np.array([[5, 20, 50, 20, 5], [50, 20, 5, 3, 1]])
+    marginals = np.array([quantize_marginal(c) for c in counts])
+    table = build_tables(marginals, 12)
+    classes = np.arange(7, dtype=np.uint8) % 2
+    first, second = (25 * c + np.flatnonzero(table.frequencies[25 * c :][:25]) for c in (0, 1))
+    pairs = np.where(classes, rng.choice(second, (30, 7)), rng.choice(first, (30, 7)))
     raw = rng.integers(0, 256, (15, 7), np.uint16)
-    states, *streams = ans.encode(build_table(marginal, 12), pairs, raw, 2)
+    states, *streams = ans.encode(table, pairs, raw, 2)
     writer = ans.BitWriter()
     starts = np.append(0, writer.append(*streams)[:-1])
-    table, words = decode_table(marginal, 12), writer.words()
-    whole = ans.Decoder(table, 2, words, starts, states).run(30)
-    decoder = ans.Decoder(table, 2, words, starts, states)
+    tables, words = decode_tables(marginals, 12), writer.words()
+    whole = ans.Decoder(tables, 2, words, starts, states, classes).run(30)
+    entries = tables.ravel()[whole[0]]
+    assert np.array_equal((entries >> 5 & 255) * 5 + (entries >> 13 & 255) + 25 * classes, pairs)
+    decoder = ans.Decoder(tables, 2, words, starts, states, classes)
     parts = [decoder.run(n) for n in (2, 0, 18, 10)]
     for i in range(2):
         assert np.array_equal(np.concatenate([part[i] for part in parts]), whole[i])
@@ -90,9 +97,10 @@ def test_rate_is_within_one_percent_of_constriction(kind, step, p):
     probabilities than the frequencies do.
     """
     q = np.rint(draw(kind, (40, 3001)) / step).astype(np.int32)
-    m = encode_matrix(q, np.ones(40), p)
-    table = build_table(m.marginal, p)
-    pairs, *_ = to_pairs(q, table, m.raw_bits, m.min_symbol)
+    m = encode_matrix(q, np.zeros(40, np.int16), p)
+    assert m.n_classes == 1
+    table = build_tables(m.marginals, p)
+    pairs, *_ = to_pairs(q, table, m.raw_bits, m.min_symbol, m.classes)
     kept = np.flatnonzero(table.frequencies)
     index = np.cumsum(table.frequencies > 0) - 1
     model = constriction.stream.model.Categorical(table.frequencies[kept] / 2.0**p, perfect=False)
@@ -110,7 +118,7 @@ def test_rate_of_a_gaussian_is_near_its_entropy(step):
     SLOW_BITS more is what a code may cost that stays at FAST_RAW_BITS.
     """
     q = np.rint(draw("gauss", (40, 3001)) / step).astype(np.int32)
-    m = encode_matrix(q, np.ones(40), 12)
+    m = encode_matrix(q, np.zeros(40, np.int16), 12)
     p = np.unique(q, return_counts=True)[1] / q.size
     bits = (m.payload_bits + 12 * m.rows + 32 * m.outliers.size) / q.size
     speed = SLOW_BITS if m.raw_bits == FAST_RAW_BITS else 0

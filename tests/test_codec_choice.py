@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codec.choice import MAX_INTEGER, MAX_RAW_BITS, choose_code
-from codec.matrix import encode_matrix
+from codec.choice import MAX_HIGH, MAX_INTEGER, MAX_RAW_BITS, choose_code
+from codec.matrix import decode_matrix, encode_matrix
 from codec.table import MAX_SYMBOLS
 
 
@@ -31,8 +31,8 @@ def test_prediction_is_what_the_encoder_needs(sigma, kind, log2_states):
     rng = np.random.default_rng(5)
     q = np.rint(getattr(rng, kind)(size=(60, 3000)) * sigma).astype(np.int32)
     code = choose_code(np.bincount(q.ravel() - q.min()), int(q.min()), log2_states)
-    m = encode_matrix(q, np.ones(60), log2_states)
-    assert (m.raw_bits, m.min_symbol, m.marginal.size) == code[:3]
+    m = encode_matrix(q, np.zeros(60, np.int16), log2_states)
+    assert (m.raw_bits, m.min_symbol, m.n_symbols) == code[:3]
     assert m.payload_bits + 32 * m.outliers.size == pytest.approx(code.bits, rel=0.002)
 
 
@@ -61,6 +61,17 @@ def test_one_sided_weights_keep_zero_in_range():
     assert choose_code(np.array([5]), 3, 12)[:3] == (0, 0, 4)
     assert choose_code(np.array([5]), -3, 12)[:3] == (0, -3, 4)
     assert choose_code(np.array([5]), 0, 12)[:3] == (0, 0, 2)
+
+
+@pytest.mark.parametrize("max_raw_bits", [0, 1, 4])
+def test_raw_bits_stay_within_their_limit(max_raw_bits):
+    assert choose_code(*gaussian_counts(60), 12, max_raw_bits).raw_bits == max_raw_bits
+    largest = MAX_HIGH << max_raw_bits
+    assert choose_code(np.array([1]), -largest, 12, max_raw_bits).n_symbols
+    m = encode_matrix(np.array([[-largest, largest]]), np.zeros(1, np.int16), 12, max_raw_bits)
+    assert decode_matrix(m).tolist() == [[-largest, largest]]
+    with pytest.raises(ValueError, match=f"at most {largest}"):
+        encode_matrix(np.array([[largest + 1]]), np.zeros(1, np.int16), 12, max_raw_bits)
 
 
 @pytest.mark.parametrize("q", [-MAX_INTEGER, MAX_INTEGER])

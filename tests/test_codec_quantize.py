@@ -11,6 +11,7 @@ from codec.quantize import (
     quantize,
     row_steps,
 )
+from codec.scale import ZERO, to_scale
 
 
 def weights(rows, cols, seed=7):
@@ -22,42 +23,44 @@ def weights(rows, cols, seed=7):
     return w.astype(np.float32)
 
 
-def test_steps_are_c_times_rms():
+def test_steps_are_c_times_rms_on_the_grid():
     w = np.array([[3, -4, 0, 0], [0, 0, 0, 0], [1e-3, 1e-3, -1e-3, 1e-3]], np.float32)
     steps = row_steps(w, 0.5)
-    assert steps.dtype == np.float16
-    assert steps.tolist() == [1.25, 0, float(np.float16(0.0005))]
+    assert steps.dtype == np.int16
+    # 8 log2 of 1.25 and 0.0005
+    assert steps.tolist() == [3, ZERO, -88]
 
 
 def test_rounding_is_to_nearest_ties_to_even():
     w = np.array([[0.25, 0.75, 1.25, -0.75, 0.7, -9.9]], np.float32)
-    q = quantize(w, np.array([0.5], np.float16))
+    q = quantize(w, np.array([-8], np.int16))
     assert q.dtype == np.int32
     assert q.tolist() == [[0, 2, 2, -2, 1, -20]]
 
 
 def test_rows_without_step_are_zero():
-    w = np.array([[0, 0], [1e-12, -1e-12]], np.float32)  # the second's step is 0 in float16
+    w = np.array([[0, 0], [1e-30, -1e-30]], np.float32)  # the second's squares are 0 in float32
     assert quantize(w, row_steps(w, 0.3)).tolist() == [[0, 0], [0, 0]]
 
 
 def test_error_is_at_most_half_a_step():
     w = weights(33, 70)
     steps = row_steps(w, 0.2)
-    error = np.abs(quantize(w, steps) * steps.astype(np.float64)[:, None] - w)
+    error = np.abs(quantize(w, steps) * to_scale(steps).astype(np.float64)[:, None] - w)
     # The float32 quotient is off by 2^-24 of itself, and |q| < 2^7.
-    assert (error <= steps.astype(np.float64)[:, None] * (0.5 + 2.0**-17)).all()
+    assert (error <= to_scale(steps).astype(np.float64)[:, None] * (0.5 + 2.0**-17)).all()
 
 
 @pytest.mark.parametrize("c", [2.0, 0.5, 0.1, 0.01])
 def test_histogram_tells_the_integers(c):
     w = weights(200, 501)
     w[3, 4] = 400 * w[3].std()  # far beyond the histogram
-    counts, lowest = histogram(w).integers(c)
+    of_units, lowest = histogram(w).integers(c)
+    counts = of_units.sum(axis=0)
     assert counts.sum() == pytest.approx(w.size)
     q = quantize(w, row_steps(w, c))
     expected = np.bincount(np.clip(q, lowest, -lowest).ravel() - lowest, minlength=counts.size)
-    # Only the step's rounding to float16, and bins across an edge, put some weights next door.
+    # Bins across an edge put some weights next door.
     moved = np.abs(np.cumsum(counts - expected))
     assert moved.max() < 0.01 * w.size
     assert counts[-lowest] >= 501  # zeros are zeros
@@ -68,7 +71,7 @@ def test_histogram_takes_every_row(monkeypatch):
     whole = histogram(w)
     monkeypatch.setattr("codec.quantize._CHUNK_WEIGHTS", 500)
     assert np.array_equal(histogram(w).below, whole.below)
-    assert whole.below[-1] == w.size
+    assert whole.below[:, -1].tolist() == [32 * 70, 70]
 
 
 @pytest.mark.parametrize("log2_states", [11, 12])
@@ -80,7 +83,8 @@ def test_constant_meets_the_asked_rate(bits, log2_states):
     for w in model:
         steps = row_steps(w, c)
         stored += encode_matrix(quantize(w, steps), steps, log2_states).stored_bits
-    assert stored / sum(w.size for w in model) == pytest.approx(bits, abs=0.02)
+    # Where rows differ as much as these, tables of their own save a little more than is predicted.
+    assert -0.035 < stored / sum(w.size for w in model) - bits < 0.02
 
 
 @pytest.mark.parametrize("bits", [1.2, 1.5])
@@ -112,10 +116,3 @@ def test_weights_that_are_not_finite_are_refused(value):
     for reader in (histogram, lambda w: row_steps(w, 0.1)):
         with pytest.raises(ValueError, match="row 20 has weights that are not finite"):
             reader(w)
-
-
-def test_steps_beyond_float16_are_refused():
-    w = weights(33, 70)
-    w[20] = 1e6
-    with pytest.raises(ValueError, match="weights of row 20 are too large"):
-        row_steps(w, 0.1)

@@ -74,7 +74,7 @@ def test_entries_of_a_pair_lead_to_every_state_exactly_once(counts, p):
     """What makes the code decodable, and a decoder safe from any state and on any bits."""
     marginal = quantize_marginal(np.array(counts))
     entries = decode_table(marginal, p).astype(int)
-    nbits, symbol0, symbol1 = entries & 31, entries >> 8 & 31, entries >> 16 & 31
+    nbits, symbol0, symbol1 = entries & 31, entries >> 5 & 255, entries >> 13 & 255
     base = (entries >> 21) << (p - 11)
     if p == 12:
         assert np.array_equal(base, entries >> 20 & 0xFFE)  # as a shader reads it
@@ -96,7 +96,7 @@ def test_encoder_inverts_the_decode_table(counts, p):
     marginal = quantize_marginal(np.array(counts))
     table, entries = build_table(marginal, p), decode_table(marginal, p).astype(int)
     nbits, base = entries & 31, (entries >> 21) << (p - 11)
-    pair = (entries >> 8 & 31) * marginal.size + (entries >> 16 & 31)
+    pair = (entries >> 5 & 255) * marginal.size + (entries >> 13 & 255)
     for bits in (np.zeros_like(nbits), (1 << nbits) - 1):
         x = base + bits + 2**p
         n = x + table.delta_bits[pair] >> 16
@@ -126,7 +126,7 @@ def test_rare_pairs_are_stood_for_by_pairs_with_states(counts, p):
 def test_table_equals_the_scalar_one(counts, p):
     marginal = quantize_marginal(np.array(counts))
     entries = decode_table(marginal, p).tolist()
-    fields = [(e >> 8 & 31, e >> 16 & 31, e & 31, (e >> 21) << (p - 11)) for e in entries]
+    fields = [(e >> 5 & 255, e >> 13 & 255, e & 31, (e >> 21) << (p - 11)) for e in entries]
     assert fields == codec_scalar.state_table(tuple(marginal.tolist()), p)
 
 
@@ -139,8 +139,8 @@ def test_table_of_one_value_by_hand():
     assert entries[:3] == [1, 1 | 2 << 21, 1 | 4 << 21]
     assert entries[1023] == 1 | 2046 << 21
     # (0, 1) and (1, 0) are alike and take turns: x = 512, 513, ..., 2 bits, base 4 (x - 512).
-    assert entries[1024:1026] == [2 | 1 << 16, 2 | 1 << 8]
-    assert entries[1026:1028] == [2 | 1 << 16 | 4 << 21, 2 | 1 << 8 | 4 << 21]
-    assert entries[2047] == 2 | 1 << 8 | 2044 << 21
+    assert entries[1024:1026] == [2 | 1 << 13, 2 | 1 << 5]
+    assert entries[1026:1028] == [2 | 1 << 13 | 4 << 21, 2 | 1 << 5 | 4 << 21]
+    assert entries[2047] == 2 | 1 << 5 | 2044 << 21
     # (1, 1) has no state; (1, 0) stands for it.
     assert build_table(marginal, 11).substitute.tolist() == [0, 1, 2, 2]

@@ -13,6 +13,7 @@ import pytest
 from conftest import Golden
 
 from codec.matrix import encode_matrix
+from codec.scale import to_scale
 from model.config import ModelConfig
 from model.reference import Reference
 from weights import layout
@@ -150,9 +151,10 @@ def test_reference_from_weights_runs_the_integers_times_their_scale(
     rng = np.random.default_rng(7)
     for matrix in layout.matrices(tiny_config):
         q = rng.integers(-9, 10, (matrix.rows, matrix.cols))
-        scale = rng.uniform(0.01, 0.03, matrix.rows).astype(np.float16)
-        dense[matrix.name] = (scale.astype(np.float64)[:, None] * q).astype(np.float32)
-        coded.append((matrix.name, encode_matrix(q, scale)))
+        scale_log2 = rng.integers(-53, -40, matrix.rows).astype(np.int16)
+        scale = to_scale(scale_log2).astype(np.float64)
+        dense[matrix.name] = (scale[:, None] * q).astype(np.float32)
+        coded.append((matrix.name, encode_matrix(q, scale_log2)))
     write_weights(
         tmp_path / "tiny.answer",
         config=tiny_config,

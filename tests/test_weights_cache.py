@@ -33,7 +33,7 @@ def test_resolve_converts_once_and_says_where(
     assert str(path) in said.err
     assert path.parent == folder
     assert path.name.startswith("tiny-")
-    assert path.name.endswith("-5.5bit-v1.safetensors")
+    assert path.name.endswith("-5.5bit-v2.safetensors")
     assert WeightsFile.open(path).config == CONFIG
 
     written = path.stat().st_mtime_ns
@@ -101,9 +101,9 @@ def test_resolve_names_the_default_models_file(
     calls = []
     monkeypatch.setattr(cache, "convert", lambda *args, **options: calls.append((args, options)))
     monkeypatch.setattr(cache, "open_source", lambda spec: default_model)
-    assert resolve("smollm2") == folder / "smollm2-5bit-v1.safetensors"
+    assert resolve("smollm2") == folder / "smollm2-5bit-v2.safetensors"
     assert calls == [
-        ((default_model, folder / "smollm2-5bit-v1.safetensors", 5.0), {"progress": True})
+        ((default_model, folder / "smollm2-5bit-v2.safetensors", 5.0), {"progress": True})
     ]
     assert default_model.name == "smollm2"
     assert open_source is not cache.open_source

@@ -11,23 +11,31 @@ import numpy as np
 import pytest
 
 import weights
-from codec.matrix import CodedMatrix, decode_matrix, dequantize, encode_matrix, pack_side
-from codec.table import decode_table
+from codec.lossless import encode_lossless
+from codec.matrix import (
+    CodedMatrix,
+    decode_matrix,
+    decode_streams,
+    dequantize,
+    encode_matrix,
+    pack_side,
+)
+from codec.table import decode_tables
 
 FORMAT = (Path(weights.__file__).parent / "FORMAT.md").read_text("utf-8")
-(JSON,) = re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL)
+QUANTIZED, LOSSLESS = map(json.loads, re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL))
 
 
 @pytest.fixture(scope="module")
 def example() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(JSON)
+    found: dict[str, Any] = QUANTIZED
     return found
 
 
 @pytest.fixture(scope="module")
 def coded(example: dict[str, Any]) -> CodedMatrix:
-    scale = np.array(example["scale"], np.float16)
-    return encode_matrix(np.array(example["q"]), scale, example["log2_states"])
+    scale_log2 = np.array(example["scale_log2"], np.int16)
+    return encode_matrix(np.array(example["q"]), scale_log2, example["log2_states"])
 
 
 def hexadecimal(values: np.ndarray) -> list[str]:
@@ -35,19 +43,18 @@ def hexadecimal(values: np.ndarray) -> list[str]:
 
 
 def test_format_example_is_what_the_code_makes(example: dict[str, Any], coded: CodedMatrix) -> None:
-    fields = ("rows", "cols", "log2_states", "raw_bits", "min_symbol")
+    fields = ("rows", "cols", "log2_states", "n_classes", "raw_bits", "min_symbol")
     assert {field: getattr(coded, field) for field in fields} == {f: example[f] for f in fields}
     assert hexadecimal(coded.words) == example["words"]
     assert hexadecimal(pack_side(coded)) == example["side"]
     assert hexadecimal(coded.outliers) == example["outliers"]
-    assert coded.marginal.tolist() == example["marginal"]
-    assert coded.scale.tolist() == example["scale"]
+    assert coded.marginals.ravel().tolist() == example["marginals"]
     assert decode_matrix(coded).tolist() == example["q"]
     assert dequantize(coded).tolist() == [[0.5, -1, 0, 0], [0, 0.25, -0.25, 750]]
 
 
 def test_format_example_is_walked_through_bit_by_bit(coded: CodedMatrix) -> None:
-    table = decode_table(coded.marginal, coded.log2_states)
+    (table,) = decode_tables(coded.marginals, coded.log2_states)
     bits = "".join(f"{word:032b}" for word in coded.words)
     position = 0
     lines = []
@@ -61,14 +68,16 @@ def test_format_example_is_walked_through_bit_by_bit(coded: CodedMatrix) -> None
                 position += 4 * coded.raw_bits
             entry = int(table[state])
             nbits, base = entry & 31, entry >> 21
-            field = bits[position : position + nbits]
-            position += nbits
-            before, state = state, base + int(field, 2)
+            before, rest = state, "| |"
+            if column + 2 < coded.cols:
+                field = bits[position : position + nbits]
+                position += nbits
+                state = base + int(field, 2)
+                rest = f"| {field} | {state} |"
             lines.append(
                 f"| {row} | {raw}| {column}, {column + 1} | {before} | {entry:08x} | {nbits} "
-                f"| {entry >> 8 & 31} {entry >> 16 & 31} | {base} | {field} | {state} |"
+                f"| {entry >> 5 & 255} {entry >> 13 & 255} | {base} {rest}"
             )
-        assert state == 0
     assert "\n".join(lines) in FORMAT
 
 
@@ -80,7 +89,7 @@ def pair_table(marginal: list[int], log2_states: int) -> list[tuple[int, int, in
     kept = [
         pair
         for pair, w in weight.items()
-        if w * 32 * total >= 2**32 or pair // n == mode or pair % n == mode
+        if w and (w * 32 * total >= 2**32 or pair // n == mode or pair % n == mode)
     ]
     scaled = {pair: weight[pair] << 60 - max(weight.values()).bit_length() for pair in kept}
 
@@ -107,31 +116,75 @@ def pair_table(marginal: list[int], log2_states: int) -> list[tuple[int, int, in
 
 
 @pytest.mark.parametrize("log2_states", [11, 12])
-@pytest.mark.parametrize(("spread", "cols"), [(0.3, 9), (2.0, 6), (25.0, 7), (90.0, 4)])
+@pytest.mark.parametrize(("spread", "cols"), [(0.3, 9), (2.0, 66), (25.0, 7), (90.0, 4)])
 def test_format_words_suffice_to_decode(spread: float, cols: int, log2_states: int) -> None:
     rng = np.random.default_rng(cols)
-    q = np.rint(rng.laplace(size=(11, cols)) * spread).astype(np.int32)
-    m = encode_matrix(q, np.ones(11, np.float16), log2_states)
-    states = pair_table(m.marginal.tolist(), log2_states)
+    of_row = spread * np.where(np.arange(43) < 11, 4, 1)[:, None]
+    q = np.rint(rng.laplace(size=(43, cols)) * of_row).astype(np.int32)
+    m = encode_matrix(q, np.zeros(43, np.int16), log2_states)
+    tables = [pair_table(marginal, log2_states) for marginal in m.marginals.tolist()]
     bits = "".join(f"{word:032b}" for word in m.words)
-    b, n = m.raw_bits, m.marginal.size
+    b, n = m.raw_bits, m.n_symbols
     for row in range(m.rows):
         position, state = int(m.row_offsets[row]), int(m.states[row])
+        states = tables[m.classes[row]]
         decoded = []
-        for _ in range(0, cols, 4):
+        for first in range(0, cols, 4):
             raw = int(bits[position : position + 4 * b] or "0", 2)
             position += 4 * b
             symbols = []
-            for _ in range(2):
+            for is_last in (False, first + 4 >= cols):
                 pair, nbits, base = states[state]
                 symbols += [pair // n, pair % n]
-                state = base + int(bits[position : position + nbits], 2)
-                position += nbits
+                if not is_last:
+                    state = base + int(bits[position : position + nbits], 2)
+                    position += nbits
             for i, symbol in enumerate(symbols):
                 low = raw >> i * b & (1 << b) - 1
                 decoded.append((symbol + m.min_symbol << b) + low)
-        assert (position, state) == (m.row_offsets[row + 1], 0)
+        assert position == m.row_offsets[row + 1]
         for outlier in m.outliers[m.outlier_offsets[row] : m.outlier_offsets[row + 1]].tolist():
             remainder = (outlier >> 16) - (outlier >> 31 << 16)
             decoded[outlier & 0xFFFF] += remainder << b
         assert decoded[:cols] == q[row].tolist()
+
+
+def test_format_example_without_loss_is_what_the_code_makes() -> None:
+    bits = [[int(word, 16) for word in row.split()] for row in LOSSLESS["bits"]]
+    w = np.array(bits, np.uint32).view(np.float32)
+    assert w.tolist() == [[1.5, -0.75, 0, 1], [0, 0.375, 1, -1.5 * 2.0**100]]
+    m = encode_lossless(w, LOSSLESS["log2_states"])
+    assert (m.rows, m.cols) == (LOSSLESS["rows"], LOSSLESS["cols"])
+    assert (m.anchor, m.mantissa_bits) == (LOSSLESS["anchor"], LOSSLESS["mantissa_bits"])
+    assert m.exponents.min_symbol == LOSSLESS["min_symbol"]
+    assert hexadecimal(m.exponents.words) == LOSSLESS["words"]
+    assert hexadecimal(pack_side(m.exponents)) == LOSSLESS["side"]
+    assert hexadecimal(m.exponents.outliers) == LOSSLESS["outliers"]
+    assert m.exponents.marginals.ravel().tolist() == LOSSLESS["marginals"]
+    assert hexadecimal(m.mantissas) == LOSSLESS["mantissas"]
+
+
+@pytest.mark.parametrize("mantissa_bits", [0, 7, 10, 23])
+def test_format_words_suffice_to_decode_without_loss(mantissa_bits: int) -> None:
+    """The streams are those of any matrix; here it is what becomes of their integers."""
+    rng = np.random.default_rng(mantissa_bits)
+    bits = (rng.normal(size=(11, 70)).astype(np.float32)).view(np.uint32)
+    bits &= np.uint32(0xFFFFFFFF << 23 - mantissa_bits & 0xFFFFFFFF)
+    bits[3, 5], bits[4, :40], bits[5, 69] = 0xFE << 23, 1 << 31, 1 << 23
+    m = encode_lossless(bits.view(np.float32), 11)
+    q = decode_streams(m.exponents).tolist()
+    outliers = m.exponents.outliers.tolist()
+    width = 1 + m.mantissa_bits
+    size = -(-70 * width // 32)
+    for row in range(11):
+        words = m.mantissas[row * size : (row + 1) * size]
+        text = "".join(f"{word:032b}" for word in words)
+        fields = [0 if n == 0 else m.anchor - n + (n > 0) for n in q[row]]
+        for outlier in outliers[slice(*m.exponents.outlier_offsets[row : row + 2])]:
+            assert fields[outlier & 0xFFFF] == outlier >> 16 & 255
+            fields[outlier & 0xFFFF] = outlier >> 24
+        for column, field in enumerate(fields):
+            sign, *mantissa = text[column * width : (column + 1) * width]
+            whole = f"{sign}{field:08b}{''.join(mantissa):0<23}"
+            assert int(whole, 2) == bits[row, column]
+    assert len(outliers) >= 2

@@ -14,7 +14,8 @@ import pytest
 from safetensors import safe_open
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
-from codec.matrix import pack_side
+from codec.matrix import CodedMatrix, pack_side
+from codec.scale import LARGEST, ZERO
 from engine.errors import WeightsError
 from weights import inspect
 from weights.container import ContainerWriter, read_container, replacing
@@ -33,8 +34,25 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # On both sides of 0 and too far out for any symbol.
     tensors["model.layers.0.self_attn.v_proj.weight"][[19, 3], [39, 5]] = -11, 10
     source = open_source(write_hf_folder(folder / "tiny", SMALL, tensors))
-    convert(source, folder / "tiny.safetensors", bits=5.5, embed_bits=7.5, log2_states=12)
+    convert(source, folder / "tiny.safetensors", bits=6.5, embed_bits=7.5, log2_states=12)
     return folder / "tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lossless")
+    tensors = random_tensors(SMALL)
+    tensors["model.layers.0.self_attn.v_proj.weight"][[19, 3], [39, 5]] = -1e30, 1e-30
+    source = open_source(write_hf_folder(folder / "tiny", SMALL, tensors, "bfloat16"))
+    convert(source, folder / "tiny.safetensors", bits="lossless")
+    return folder / "tiny.safetensors"
+
+
+@pytest.fixture(params=["path", "lossless"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """A file of quantized matrices, and one of matrices without loss."""
+    found: Path = request.getfixturevalue(request.param)
+    return found
 
 
 def test_store_opens_its_file(path: Path) -> None:
@@ -47,8 +65,17 @@ def test_store_opens_its_file(path: Path) -> None:
         file.matrix("model.layers.1.self_attn.qkv_proj")
 
 
-def test_store_counts_every_bit_of_a_matrix(path: Path) -> None:
-    file = WeightsFile.open(path)
+def test_store_opens_a_file_without_loss(lossless: Path, path: Path) -> None:
+    file = WeightsFile.open(lossless)
+    assert file.lossless and not WeightsFile.open(path).lossless
+    matrix = file.matrix(QKV)
+    assert matrix.mantissa_bits == 7
+    assert matrix.exponents.outliers.size >= 1
+    assert not matrix.mantissas.flags.owndata
+
+
+def test_store_counts_every_bit_of_a_matrix(either: Path) -> None:
+    file = WeightsFile.open(either)
     blocks = [name for name in file.matrix_names if "layers" in name]
     for name in file.matrix_names:
         assert file.stored_bits(name) == file.matrix(name).stored_bits
@@ -68,8 +95,8 @@ def test_store_file_is_an_ordinary_safetensors_file(path: Path) -> None:
         assert zlib.decompress(theirs.get_tensor("tokenizer.json").tobytes()) == file.tokenizer_json
 
 
-def test_store_aligns_every_tensor(path: Path) -> None:
-    for entry in read_container(path).entries.values():
+def test_store_aligns_every_tensor(either: Path) -> None:
+    for entry in read_container(either).entries.values():
         assert entry.values.flags.aligned
 
 
@@ -79,8 +106,8 @@ def refused(path: Path, data: bytes | bytearray) -> None:
         WeightsFile.open(path)
 
 
-def test_store_refuses_a_file_cut_anywhere(path: Path, tmp_path: Path) -> None:
-    data = path.read_bytes()
+def test_store_refuses_a_file_cut_anywhere(either: Path, tmp_path: Path) -> None:
+    data = either.read_bytes()
     end_of_header = 8 + int.from_bytes(data[:8], "little")
     rng = np.random.default_rng(0)
     lengths = {0, 1, 7, 8, 9, end_of_header - 1, end_of_header, end_of_header + 1, len(data) - 1}
@@ -100,8 +127,8 @@ def test_store_refuses_a_flipped_bit_anywhere_in_the_header(path: Path, tmp_path
         refused(tmp_path / "flipped", flipped)
 
 
-def test_store_refuses_a_flipped_bit_in_any_tensor(path: Path, tmp_path: Path) -> None:
-    data = path.read_bytes()
+def test_store_refuses_a_flipped_bit_in_any_tensor(either: Path, tmp_path: Path) -> None:
+    data = either.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     del header["__metadata__"]
@@ -173,7 +200,7 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
     ("edit", "named"),
     [
         (lambda m, t: m.update(format="other"), r"weights\.convert"),
-        (lambda m, t: m.update(format_version="2"), "version 2, expected 1"),
+        (lambda m, t: m.update(format_version="1"), "version 1, expected 2"),
         (lambda m, t: m.pop("source"), "source"),
         (lambda m, t: m.update(config=[]), "config"),
         (lambda m, t: m["config"].update(n_kv_heads=3), "n_kv_heads"),
@@ -198,16 +225,15 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
         (set_field("raw_bits", True), "whole numbers"),
         (set_field("min_symbol", 1), QKV),
         (set_field("min_symbol", -99), QKV),
-        (set_tensor(f"{QKV}.marginal", lambda v: v[:1]), "symbol"),
-        (set_tensor(f"{QKV}.marginal", lambda v: np.full(33, 1985, "u2")), "33 symbols"),
-        (set_tensor(f"{QKV}.marginal", put(0, 0)), "marginal"),
-        (set_tensor(f"{QKV}.marginal", put(0, 60000)), "marginal"),
-        (set_tensor(f"{QKV}.marginal", lambda v: v.astype("u4"), "U32"), "expected U16"),
-        (set_tensor(f"{QKV}.scale", lambda v: v[:-1]), QKV),
-        (set_tensor(f"{QKV}.scale", lambda v: v.reshape(2, 40)), "one dimension"),
-        (set_tensor(f"{QKV}.scale", put(7, np.nan)), "scale"),
-        (set_tensor(f"{QKV}.scale", put(7, np.inf)), "scale"),
-        (set_tensor(f"{QKV}.scale", put(7, -1)), "negative"),
+        (set_field("n_classes", 0), "0 classes"),
+        (set_field("n_classes", 5), "5 classes"),
+        (set_field("n_classes", 2), QKV),
+        (set_tensor(f"{QKV}.marginals", lambda v: v[:1]), "symbol"),
+        (set_tensor(f"{QKV}.marginals", lambda v: np.full(33, 1985, "u2")), "33 symbols"),
+        (set_tensor(f"{QKV}.marginals", put(0, 0)), "marginal"),
+        (set_tensor(f"{QKV}.marginals", put(0, 60000)), "marginal"),
+        (set_tensor(f"{QKV}.marginals", lambda v: v.astype("u4"), "U32"), "expected U16"),
+        (set_tensor(f"{QKV}.marginals", lambda v: v.reshape(1, -1)), "one dimension"),
         (set_tensor(f"{QKV}.words", lambda v: v[:-1]), "words"),
         (set_tensor(f"{QKV}.words", lambda v: np.append(v, v[:1])), "words"),
         (set_tensor(f"{QKV}.side", lambda v: v[:-1]), QKV),
@@ -224,6 +250,61 @@ def test_store_refuses_facts_that_do_not_fit(
 ) -> None:
     out = rewrite(path, edit, tmp_path / "wrong")
     with pytest.raises(WeightsError, match=named):
+        WeightsFile.open(out)
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def make_quantized(path: Path) -> Callable[[dict[str, Any], Tensors], object]:
+    """An edit that takes one matrix from the quantized file at `path`."""
+
+    def edit(metadata: dict[str, Any], tensors: Tensors) -> None:
+        container = read_container(path)
+        metadata["matrices"][DOWN] = json.loads(container.metadata["matrices"])[DOWN]
+        del tensors[f"{DOWN}.mantissas"]
+        for part in ("words", "side", "outliers", "marginals"):
+            entry = container.entries[f"{DOWN}.{part}"]
+            tensors[f"{DOWN}.{part}"] = (entry.dtype, entry.values)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda m, t: m["matrices"][QKV].pop("anchor"), r"not expected: .*mantissas"),
+        (lambda m, t: t.pop(f"{QKV}.mantissas"), r"missing: .*mantissas"),
+        (lambda m, t: t.update({f"{QKV}.scale": t["model.norm.weight"]}), r"not expected: .*scale"),
+        (set_field("rows", 79), QKV),
+        (set_field("anchor", 0), "anchor"),
+        (set_field("anchor", 255), "anchor"),
+        (set_field("anchor", 1), "exponent fields"),
+        (set_field("anchor", "120"), "whole numbers"),
+        (set_field("min_symbol", -99), QKV),
+        (set_field("mantissa_bits", -1), "mantissa_bits"),
+        (set_field("mantissa_bits", 24), "mantissa_bits"),
+        (set_field("mantissa_bits", 8), "mantissas"),
+        (set_tensor(f"{QKV}.mantissas", lambda v: v[:-1]), "mantissas"),
+        (set_tensor(f"{QKV}.mantissas", lambda v: v.astype("u2"), "U16"), "expected U32"),
+        (set_tensor(f"{QKV}.words", lambda v: v[:-1]), "words"),
+        (set_tensor(f"{QKV}.side", lambda v: v[:-1]), QKV),
+        (set_tensor(f"{QKV}.outliers", lambda v: v[:-1]), "outliers"),
+        (set_tensor(f"{QKV}.outliers", lambda v: v | 0xFFFF), "outlier"),
+        (set_tensor(f"{QKV}.outliers", lambda v: v | 255 << 24), "not a finite number"),
+    ],
+)
+def test_store_refuses_facts_that_do_not_fit_without_loss(
+    lossless: Path, tmp_path: Path, edit: Callable[[dict[str, Any], Tensors], object], named: str
+) -> None:
+    assert WeightsFile.open(rewrite(lossless, lambda m, t: None, tmp_path / "same")).lossless
+    with pytest.raises(WeightsError, match=named):
+        WeightsFile.open(rewrite(lossless, edit, tmp_path / "wrong"))
+
+
+def test_store_refuses_matrices_of_both_kinds(path: Path, lossless: Path, tmp_path: Path) -> None:
+    out = rewrite(lossless, make_quantized(path), tmp_path / "mixed")
+    with pytest.raises(WeightsError, match="some matrices are quantized"):
         WeightsFile.open(out)
 
 
@@ -245,6 +326,16 @@ def test_store_refuses_outliers_out_of_order(path: Path, tmp_path: Path) -> None
         WeightsFile.open(rewrite(path, edit, tmp_path / "wrong"))
 
 
+@pytest.mark.parametrize("k", [ZERO + 1, -LARGEST - 1, LARGEST + 1])
+def test_store_refuses_scales_off_the_grid(path: Path, tmp_path: Path, k: int) -> None:
+    matrix = WeightsFile.open(path).matrix(QKV)
+    assert isinstance(matrix, CodedMatrix)
+    wrong = dataclasses.replace(matrix, scale_log2=np.full(80, k, np.int16))
+    edit = set_tensor(f"{QKV}.side", lambda values: pack_side(wrong))
+    with pytest.raises(WeightsError, match=QKV):
+        WeightsFile.open(rewrite(path, edit, tmp_path / "wrong"))
+
+
 def test_store_refuses_side_information_of_noise(path: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     for size in range(0, 80, 2):
@@ -255,9 +346,9 @@ def test_store_refuses_side_information_of_noise(path: Path, tmp_path: Path) -> 
 
 
 def test_inspect_finds_streams_that_do_not_end(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    either: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = rewrite(path, set_tensor(f"{QKV}.words", lambda words: ~words), tmp_path / "wrong")
+    out = rewrite(either, set_tensor(f"{QKV}.words", lambda words: ~words), tmp_path / "wrong")
     WeightsFile.open(out)  # of the words themselves, opening checks the CRC only
     assert inspect.main([str(out)]) == 1
     error = capsys.readouterr().err

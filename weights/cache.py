@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 from engine.errors import WeightsError
-from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, convert
+from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, Bits, convert
 from weights.folder import cache_folder
 from weights.sources import PACKAGED, open_source
 
@@ -16,7 +16,7 @@ __all__ = ["DEFAULT_BITS", "DEFAULT_MODEL", "cache_folder", "is_weights_file", "
 DEFAULT_MODEL = "smollm2"
 
 
-def resolve(model: str | Path, bits: float | None = None, progress: bool = True) -> Path:
+def resolve(model: str | Path, bits: Bits | None = None, progress: bool = True) -> Path:
     """The weights file for `model`: itself if it is one, else the source converted to `bits`.
 
     A source (a packaged model's name, a Hugging Face folder, a GGUF file) is converted on first
@@ -31,9 +31,11 @@ def resolve(model: str | Path, bits: float | None = None, progress: bool = True)
             )
         return path
     bits = DEFAULT_BITS if bits is None else bits
-    cached = cache_folder() / f"{_name(model)}-{bits:g}bit-v{RECIPE_VERSION}.safetensors"
+    rate = bits if bits == "lossless" else f"{bits:g}bit"
+    cached = cache_folder() / f"{_name(model)}-{rate}-v{RECIPE_VERSION}.safetensors"
     if not cached.is_file():
-        print(f"converting {model} to {bits:g} bit/weight, once: {cached}", file=sys.stderr)
+        goal = "without loss" if bits == "lossless" else f"to {bits:g} bit/weight"
+        print(f"converting {model} {goal}, once: {cached}", file=sys.stderr)
         convert(open_source(model), cached, bits, text=QUICK, progress=progress)
     return cached
 

@@ -2,24 +2,27 @@
 
 Two passes over the source, matrix by matrix: histograms, from which the step constants follow for
 the asked rates; then the code itself. Memory holds a few matrices at a time, never the model, but
-for the sampling of calibration text.
+for the sampling of calibration text. Without loss there is nothing to measure, and the second pass
+is all.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
+from codec.lossless import AnyMatrix, LosslessMatrix, decode_lossless, encode_lossless
 from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
-from codec.quantize import Histogram, bisect_constant, predicted_bits
 from engine.errors import EngineError, WeightsError
 from engine.tokenizer import Tokenizer
 from weights import layout
@@ -29,7 +32,8 @@ from weights.calibration.text import read_windows
 from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, format_file
 from weights.parallel import in_order
-from weights.quantizers import Plain, Quantizer, Whitened
+from weights.quantizers import Plain, Quantizer, Whitened, read_fused
+from weights.rates import check_rates, find_constants
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
 
@@ -37,18 +41,13 @@ from weights.store import WeightsFile, write_weights
 # give another file.
 RECIPE_VERSION = 1
 
-DEFAULT_BITS = 5.0  # stored bits per weight of the blocks
-# Of an embedding and a head whose errors' worth is not known. For the default model at 5 bits,
-# uncalibrated, 6 here cost a twentieth of the divergence that the blocks cost.
-LEAST_EMBED_BITS = 6.0
-MIN_BITS, MAX_BITS = 2.0, 8.0
+Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
+Bits = float | Literal["lossless"]  # stored per weight
+DEFAULT_BITS = 5.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
 DEFAULT_LOG2_STATES = 11
 
 _WINDOW = 256  # tokens of a calibration text that see each other
-_TRIALS = 2  # of a constant, before all is quantized with it
-_PROBES = 4  # matrices of a kind that are quantized then,
-_PROBE_ROWS = 2048  # and about how many rows of one
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ QUICK = CalibrationText(4096)
 def convert(
     source: Source,
     out: str | Path,
-    bits: float = DEFAULT_BITS,
+    bits: Bits = DEFAULT_BITS,
     embed_bits: float | None = None,
     log2_states: int = DEFAULT_LOG2_STATES,
     text: CalibrationText = FULL,
@@ -78,32 +77,38 @@ def convert(
     errors are worth. Where that is not known (without calibration the embedding and the head, with
     it an embedding that is not the head), or where `embed_bits` is given, embedding and head take
     that many, by default `bits` but at least LEAST_EMBED_BITS, and `bits` are those of the blocks.
-    `progress` shows a bar on a terminal.
+    With "lossless" every weight stays the float32 that the source gives, bit for bit. `progress`
+    shows a bar on a terminal.
     WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written;
     EngineError: a calibration text that cannot be used.
     """
-    for name, rate in (("bits", bits), ("embed-bits", embed_bits)):
-        if rate is not None and not MIN_BITS <= rate <= MAX_BITS:
-            raise WeightsError(
-                f"{name} is {rate:g}, expected {MIN_BITS:g} to {MAX_BITS:g} bits per weight"
-            )
+    if bits == "lossless":
+        if embed_bits is not None:
+            raise WeightsError(f"embed-bits is {embed_bits:g}, but lossless holds for all matrices")
+    else:
+        check_rates(bits, embed_bits)
     matrices = layout.matrices(source.config)
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     # A thread works on its own matrix: products that are threaded too would wait for cores.
     with bar, threadpool_limits(1, "blas"):
-        quantizer = _quantizer(source, text, bar)
-        measured = bar.track(
-            in_order(quantizer.histogram, matrices), total=len(matrices), description="measuring"
-        )
-        constants = _constants(quantizer, matrices, list(measured), bits, embed_bits, log2_states)
-        encoded = bar.track(
-            in_order(lambda m: _encode(quantizer, m, constants[m.name], log2_states), matrices),
-            total=len(matrices),
-            description="encoding",
-        )
+        if bits == "lossless":
+            quantizer: Quantizer = Plain(source)
+            encode: Encode = partial(_encode_lossless, source, log2_states)
+        else:
+            quantizer = _quantizer(source, text, bar)
+            measured = bar.track(
+                in_order(quantizer.histogram, matrices),
+                total=len(matrices),
+                description="measuring",
+            )
+            constants = find_constants(
+                quantizer, matrices, list(measured), bits, embed_bits, log2_states
+            )
+            encode = partial(_encode, quantizer, constants, log2_states)
+        encoded = bar.track(in_order(encode, matrices), total=len(matrices), description="encoding")
         reports: list[MatrixReport] = []
 
-        def reported() -> Iterator[tuple[str, CodedMatrix]]:
+        def reported() -> Iterator[tuple[str, AnyMatrix]]:
             for coded, report in encoded:
                 reports.append(report)
                 yield report.name, coded
@@ -140,70 +145,11 @@ def _quantizer(source: Source, text: CalibrationText, bar: Progress) -> Quantize
     return Whitened(source, calibration)
 
 
-def _constants(
-    quantizer: Quantizer,
-    matrices: list[layout.Matrix],
-    histograms: list[Histogram],
-    bits: float,
-    embed_bits: float | None,
-    log2_states: int,
-) -> dict[str, float]:
-    """The step constant c of each matrix: one for all whose errors can be compared."""
-    groups: dict[str, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        common = matrix.in_block or (embed_bits is None and quantizer.weighs(matrix))
-        groups.setdefault("the model" if common else matrix.name, []).append(i)
-    constants: dict[str, float] = {}
-    for group, members in groups.items():
-        in_group = [histograms[i] for i in members]
-        wanted = bits if group == "the model" else embed_bits or max(bits, LEAST_EMBED_BITS)
-        try:
-            c = bisect_constant(in_group, wanted, log2_states)
-            for _ in range(_TRIALS):
-                saved = _saved(quantizer, [matrices[i] for i in members], in_group, c, log2_states)
-                c = bisect_constant(in_group, wanted + saved, log2_states)
-        except ValueError as error:
-            raise WeightsError(f"{group}: {error}; ask for other bits") from None
-        constants |= {matrices[i].name: c for i in members}
-    return constants
-
-
-def _saved(
-    quantizer: Quantizer,
-    matrices: list[layout.Matrix],
-    histograms: list[Histogram],
-    c: float,
-    log2_states: int,
-) -> float:
-    """By how many bits a weight the quantizer stays below what rounding would take, by samples."""
-    kinds: dict[str, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        kinds.setdefault(matrix.name.rpartition(".")[2], []).append(i)
-    saved, n_weights = 0.0, 0
-    for members in kinds.values():
-        probes = members[:: -(-len(members) // _PROBES)]
-
-        def taken(i: int) -> float:
-            every = max(1, matrices[i].rows // _PROBE_ROWS)
-            coded = encode_matrix(*quantizer.integers(matrices[i], c, every), log2_states)
-            return coded.bits_per_weight
-
-        rounded = [
-            predicted_bits(histograms[i], c, log2_states)
-            / (histograms[i].rows * histograms[i].cols)
-            for i in probes
-        ]
-        of_kind = sum(matrices[i].rows * matrices[i].cols for i in members)
-        saved += of_kind * float(np.mean(np.subtract(rounded, list(in_order(taken, probes)))))
-        n_weights += of_kind
-    return saved / n_weights
-
-
 def _encode(
-    quantizer: Quantizer, matrix: layout.Matrix, c: float, log2_states: int
+    quantizer: Quantizer, constants: Mapping[str, float], log2_states: int, matrix: layout.Matrix
 ) -> tuple[CodedMatrix, MatrixReport]:
     try:
-        q, scale = quantizer.integers(matrix, c)
+        q, scale = quantizer.integers(matrix, constants[matrix.name])
         coded = encode_matrix(q, scale, log2_states)
     except ValueError as error:
         raise WeightsError(f"{matrix.name}: {error}") from None
@@ -211,6 +157,29 @@ def _encode(
     if not np.array_equal(decode_matrix(coded), q):
         raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
     return coded, describe(matrix.name, coded, q)
+
+
+def _encode_lossless(
+    source: Source, log2_states: int, matrix: layout.Matrix
+) -> tuple[LosslessMatrix, MatrixReport]:
+    w = read_fused(source, matrix)
+    try:
+        coded = encode_lossless(w, log2_states)
+    except ValueError as error:
+        raise WeightsError(f"{matrix.name}: {error}") from None
+    if not np.array_equal(decode_lossless(coded).view(np.uint32), w.view(np.uint32)):
+        raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
+    return coded, describe(matrix.name, coded, w)
+
+
+def parse_bits(text: str) -> Bits:
+    """An argparse type: what `--bits` takes."""
+    if text == "lossless":
+        return "lossless"
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or lossless, found {text!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,9 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument(
         "--bits",
-        type=float,
+        type=parse_bits,
         default=DEFAULT_BITS,
-        help="stored bits per weight, 2 to 8 (default %(default)s)",
+        help="stored bits per weight, 2 to 8 (default %(default)s), or `lossless`: all weights bit "
+        "for bit",
     )
     parser.add_argument(
         "--embed-bits",

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codec.matrix import CodedMatrix, decode_matrix
+from codec.lossless import AnyMatrix, LosslessMatrix, decode_lossless, exponent_fields
+from codec.matrix import decode_matrix
 from engine.errors import EngineError
 from weights import layout
 from weights.container import damaged
@@ -29,9 +30,12 @@ class MatrixReport:
     name: str
     n_weights: int
     shape: tuple[int, int] | None  # (rows, cols); None for a total
-    code: str  # "P/b/n": log2 of the states, raw bits, number of symbols; empty for a total
+    code: str  # "P/b/n/k": log2 of the states, raw bits, symbols, classes; empty for a total
     stored_bits: float  # per weight, everything counted in
-    entropy: float  # bits per weight, of the integers' own histogram (the best a coder can do)
+    raw_bits: float  # per weight, among these: not entropy-coded, but stored as they are
+    # Bits per weight of the integers' own histogram, the best a coder can do; of weights without
+    # loss that of the exponents, and the raw bits.
+    entropy: float
     n_outliers: int
 
     @property
@@ -39,23 +43,35 @@ class MatrixReport:
         return self.stored_bits - self.entropy
 
 
-def describe(name: str, matrix: CodedMatrix, q: npt.NDArray[np.int32]) -> MatrixReport:
-    """`q` (rows, cols) is what `matrix` decodes to."""
-    lowest = int(q.min())
-    counts = np.zeros(int(q.max()) - lowest + 1, np.int64)
-    for start in range(0, matrix.rows, _ROWS_AT_ONCE):
-        chunk = q[start : start + _ROWS_AT_ONCE] - lowest
-        counts += np.bincount(chunk.ravel(), minlength=counts.size)
-    share = counts[counts > 0] / q.size
+def describe(name: str, matrix: AnyMatrix, decoded: npt.NDArray[Any]) -> MatrixReport:
+    """`decoded` (rows, cols) is what `matrix` decodes to: integers, or floats without loss."""
+    if isinstance(matrix, LosslessMatrix):
+        coded, raw_bits = matrix.exponents, matrix.field_bits
+        entropy = raw_bits + _entropy(exponent_fields(decoded))
+    else:
+        coded, raw_bits = matrix, matrix.raw_bits
+        entropy = _entropy(decoded)
     return MatrixReport(
         name=name,
         n_weights=matrix.n_weights,
         shape=(matrix.rows, matrix.cols),
-        code=f"{matrix.log2_states}/{matrix.raw_bits}/{matrix.marginal.size}",
+        code=f"{coded.log2_states}/{raw_bits}/{coded.n_symbols}/{coded.n_classes}",
         stored_bits=matrix.bits_per_weight,
-        entropy=float(-share @ np.log2(share)),
-        n_outliers=matrix.outliers.size,
+        raw_bits=raw_bits,
+        entropy=entropy,
+        n_outliers=coded.outliers.size,
     )
+
+
+def _entropy(q: npt.NDArray[Any]) -> float:
+    """Bits of one of the integers q (rows, cols), by their histogram."""
+    lowest = int(q.min())
+    counts = np.zeros(int(q.max()) - lowest + 1, np.int64)
+    for start in range(0, len(q), _ROWS_AT_ONCE):
+        chunk = q[start : start + _ROWS_AT_ONCE] - lowest
+        counts += np.bincount(chunk.ravel(), minlength=counts.size)
+    share = counts[counts > 0] / q.size
+    return float(-share @ np.log2(share))
 
 
 def describe_file(file: WeightsFile) -> list[MatrixReport]:
@@ -64,10 +80,14 @@ def describe_file(file: WeightsFile) -> list[MatrixReport]:
     for name in file.matrix_names:
         matrix = file.matrix(name)
         try:
-            reports.append(describe(name, matrix, decode_matrix(matrix)))
+            reports.append(describe(name, matrix, _decode(matrix)))
         except ValueError as error:
             raise damaged(file.path, f"{name}: {error}") from None
     return reports
+
+
+def _decode(matrix: AnyMatrix) -> npt.NDArray[Any]:
+    return decode_lossless(matrix) if isinstance(matrix, LosslessMatrix) else decode_matrix(matrix)
 
 
 def totals(reports: Iterable[MatrixReport]) -> list[MatrixReport]:
@@ -81,28 +101,33 @@ def totals(reports: Iterable[MatrixReport]) -> list[MatrixReport]:
 
 def _total(name: str, reports: list[MatrixReport]) -> MatrixReport:
     n_weights = sum(report.n_weights for report in reports)
+
+    def mean(field: str) -> float:
+        return float(sum(getattr(r, field) * r.n_weights for r in reports) / n_weights)
+
     return MatrixReport(
         name=name,
         n_weights=n_weights,
         shape=None,
         code="",
-        stored_bits=sum(report.stored_bits * report.n_weights for report in reports) / n_weights,
-        entropy=sum(report.entropy * report.n_weights for report in reports) / n_weights,
+        stored_bits=mean("stored_bits"),
+        raw_bits=mean("raw_bits"),
+        entropy=mean("entropy"),
         n_outliers=sum(report.n_outliers for report in reports),
     )
 
 
 def format_table(reports: list[MatrixReport]) -> str:
     """One line per matrix, then the totals; rates in bits per weight."""
-    head = "rows x cols", "P/b/n", "stored", "entropy", "overhead", "outliers"
+    head = "rows x cols", "P/b/n/k", "stored", "raw", "entropy", "overhead", "outliers"
     lines = [
-        f"{'matrix':40}{head[0]:>14}{head[1]:>9}" + "".join(f"{word:>10}" for word in head[2:])
+        f"{'matrix':40}{head[0]:>14}{head[1]:>11}" + "".join(f"{word:>10}" for word in head[2:])
     ]
     for report in [*reports, *totals(reports)]:
         size = " x ".join(map(str, report.shape)) if report.shape else f"{report.n_weights:,}"
         lines.append(
-            f"{report.name:40}{size:>14}{report.code:>9}{report.stored_bits:10.3f}"
-            f"{report.entropy:10.3f}{report.overhead:10.3f}{report.n_outliers:10}"
+            f"{report.name:40}{size:>14}{report.code:>11}{report.stored_bits:10.3f}"
+            f"{report.raw_bits:10.3f}{report.entropy:10.3f}{report.overhead:10.3f}{report.n_outliers:10}"
         )
     return "\n".join(lines)
 
@@ -138,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m weights.inspect",
         description="Show what a weights file holds, and check all of it.",
-        epilog="P/b/n: decode tables of 2^P states, b raw bits per weight, n symbols.",
+        epilog="P/b/n/k: k decode tables of 2^P states, b raw bits per weight, n symbols. "
+        "Without loss, sign and mantissa are raw and symbols are exponents.",
     )
     parser.add_argument("file")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
+from codec.scale import ScaleLog2, to_scale
 from codec.whiten import quantize_whitened
 from engine.errors import WeightsError
 from weights import layout
@@ -34,8 +35,8 @@ class Quantizer(Protocol):
 
     def integers(
         self, matrix: layout.Matrix, c: float, every: int = 1
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
-        """(rows, cols) integers and (rows,) scales, of the rows 0, every, 2 every, ..."""
+    ) -> tuple[npt.NDArray[np.int32], ScaleLog2]:
+        """(rows, cols) integers and the rows' scales, of the rows 0, every, 2 every, ..."""
         ...
 
     def vector(self, name: str) -> Array: ...
@@ -56,7 +57,7 @@ class Plain:
 
     def integers(
         self, matrix: layout.Matrix, c: float, every: int = 1
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+    ) -> tuple[npt.NDArray[np.int32], ScaleLog2]:
         w = read_fused(self._source, matrix)[::every]
         scale = row_steps(root_mean_squares(w), c)
         return quantize(w, scale), scale
@@ -87,13 +88,13 @@ class Whitened:
 
     def integers(
         self, matrix: layout.Matrix, c: float, every: int = 1
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+    ) -> tuple[npt.NDArray[np.int32], ScaleLog2]:
         whitening = self._equalized.whitening(matrix)
         if whitening is None:
             return self._plain.integers(matrix, c, every)
         scale = row_steps(whitening.unit_steps[::every], c)
         w = self._read(matrix)[::every]
-        q = quantize_whitened(w, whitening.inverse_factor, scale.astype(np.float32))
+        q = quantize_whitened(w, whitening.inverse_factor, to_scale(scale))
         return q, scale
 
     def vector(self, name: str) -> Array:

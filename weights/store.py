@@ -16,22 +16,15 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from codec.matrix import LOG2_STATES, CodedMatrix, check, pack_side, unpack_side
+from codec.lossless import AnyMatrix, LosslessMatrix
 from engine.errors import ConfigError, WeightsError
 from model.config import ModelConfig
-from weights import layout
+from weights import layout, parts
 from weights.container import Container, ContainerWriter, Entry, damaged, read_container, replacing
 
 FORMAT = "answer"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 TOKENIZER = "tokenizer.json"
-
-# The tensors of one matrix. The first three are large and written as soon as they exist; the others
-# have smaller elements and follow when all of these are written, so that every tensor is aligned.
-_LARGE_PARTS = {"words": "U32", "side": "U32", "outliers": "U32"}
-_SMALL_PARTS = {"marginal": "U16", "scale": "F16"}
-_PARTS = {**_LARGE_PARTS, **_SMALL_PARTS}
-_MATRIX_FIELDS = ("rows", "cols", "log2_states", "raw_bits", "min_symbol")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +38,7 @@ class WeightsFile:
     tokenizer_json: bytes
     size_bytes: int
     _entries: Mapping[str, Entry]
-    _matrices: Mapping[str, CodedMatrix]
+    _matrices: Mapping[str, AnyMatrix]
     _mapped: mmap.mmap
 
     @classmethod
@@ -68,9 +61,11 @@ class WeightsFile:
             if not np.isfinite(container.entries[name].values).all():
                 raise damaged(path, f"{name} holds values that are not finite")
         matrices = {
-            matrix.name: _coded_matrix(container, matrix, matrix_fields[matrix.name])
+            matrix.name: _matrix(container, matrix, matrix_fields[matrix.name])
             for matrix in layout.matrices(config)
         }
+        if len({type(matrix) for matrix in matrices.values()}) > 1:
+            raise damaged(path, "some matrices are quantized and some are not")
         return cls(
             path=path,
             config=config,
@@ -93,7 +88,12 @@ class WeightsFile:
         """Every matrix, in the order in which a token meets them."""
         return list(self._matrices)
 
-    def matrix(self, name: str) -> CodedMatrix:
+    @property
+    def lossless(self) -> bool:
+        """Whether all matrices are `LosslessMatrix`; otherwise none is."""
+        return isinstance(self._matrices[layout.EMBEDDING], LosslessMatrix)
+
+    def matrix(self, name: str) -> AnyMatrix:
         return self._matrices[name]
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
@@ -102,7 +102,8 @@ class WeightsFile:
 
     def stored_bits(self, name: str) -> int:
         """Bits that the file holds for the matrix `name`: all of its tensors."""
-        return 8 * sum(self._entries[f"{name}.{part}"].values.nbytes for part in _PARTS)
+        kind = parts.LOSSLESS if self.lossless else parts.QUANTIZED
+        return 8 * sum(self._entries[f"{name}.{part}"].values.nbytes for part in kind.parts)
 
     def bits_per_weight(self, block_only: bool) -> float:
         """Stored bits per weight over the matrices of the blocks, or over all of them."""
@@ -119,7 +120,7 @@ def write_weights(
     path: str | Path,
     *,
     config: ModelConfig,
-    matrices: Iterable[tuple[str, CodedMatrix]],
+    matrices: Iterable[tuple[str, AnyMatrix]],
     vectors: Mapping[str, npt.NDArray[np.float32]],
     tokenizer_json: bytes,
     chat_template: str | None,
@@ -145,12 +146,11 @@ def write_weights(
     with replacing(Path(path)) as file:
         writer = ContainerWriter(file, _header_bound(config, metadata))
         for name, matrix in matrices:
-            values = {**vars(matrix), "side": pack_side(matrix)}
-            fields[name] = {field: values[field] for field in _MATRIX_FIELDS}
-            for part, dtype in _LARGE_PARTS.items():
+            kind, fields[name], values = parts.split(matrix)
+            for part, dtype in kind.large.items():
                 data = writer.add(f"{name}.{part}", dtype, values[part])
                 crc32[f"{name}.{part}"] = zlib.crc32(data)
-            for part, dtype in _SMALL_PARTS.items():
+            for part, dtype in kind.small.items():
                 later.append((f"{name}.{part}", dtype, values[part]))
         later.append((TOKENIZER, "U8", np.frombuffer(zlib.compress(tokenizer_json, 9), np.uint8)))
         for name, dtype, array in later:
@@ -166,7 +166,8 @@ def _header_bound(config: ModelConfig, metadata: Mapping[str, str]) -> int:
     its entry, its CRC-32 and its share of the matrix's numbers.
     """
     names = [*layout.vectors(config), TOKENIZER]
-    names += [f"{matrix.name}.{part}" for matrix in layout.matrices(config) for part in _PARTS]
+    of_matrices = set().union(*(kind.parts for kind in parts.KINDS))
+    names += [f"{matrix.name}.{part}" for matrix in layout.matrices(config) for part in of_matrices]
     return len(json.dumps(metadata)) + sum(3 * len(name) + 150 for name in names)
 
 
@@ -200,7 +201,10 @@ def _check_tensors(container: Container, config: ModelConfig, matrices: Any, crc
     """The set of tensors, their types and bytes, and their shapes as far as `config` fixes them."""
     path, entries = container.path, container.entries
     names = [matrix.name for matrix in layout.matrices(config)]
-    types = {f"{name}.{part}": dtype for name in names for part, dtype in _PARTS.items()}
+    types: dict[str, str] = {}
+    for name in names:
+        kind = parts.kind_of(matrices.get(name) if isinstance(matrices, dict) else None)
+        types |= {f"{name}.{part}": dtype for part, dtype in kind.parts.items()}
     types |= {name: "F32" for name in layout.vectors(config)}
     types[TOKENIZER] = "U8"
     if entries.keys() != types.keys():
@@ -222,41 +226,13 @@ def _check_tensors(container: Container, config: ModelConfig, matrices: Any, crc
             raise damaged(path, f"{name} has shape {entries[name].shape}, expected ({config.dim},)")
 
 
-def _coded_matrix(container: Container, matrix: layout.Matrix, fields: Any) -> CodedMatrix:
+def _matrix(container: Container, matrix: layout.Matrix, fields: Any) -> AnyMatrix:
     """A matrix whose every part was checked, but for the bits of the streams themselves."""
-    parts = {part: container.entries[f"{matrix.name}.{part}"].values for part in _PARTS}
+    tensors = {
+        part: container.entries[f"{matrix.name}.{part}"].values
+        for part in parts.kind_of(fields).parts
+    }
     try:
-        if not isinstance(fields, dict) or fields.keys() != set(_MATRIX_FIELDS):
-            raise ValueError(f"described by {fields}, expected {', '.join(_MATRIX_FIELDS)}")
-        if any(type(value) is not int for value in fields.values()):
-            raise ValueError(f"described by {fields}, expected whole numbers")
-        if (fields["rows"], fields["cols"]) != (matrix.rows, matrix.cols):
-            raise ValueError(f"described by {fields}, expected {matrix.rows} x {matrix.cols}")
-        if fields["log2_states"] not in LOG2_STATES:
-            raise ValueError(f"described by {fields}, expected log2_states in {LOG2_STATES}")
-        lengths, states, outlier_counts = unpack_side(
-            parts["side"], matrix.rows, fields["log2_states"]
-        )
-        n_outliers = parts["outliers"].size
-        if outlier_counts.sum() != n_outliers:
-            raise ValueError(f"{n_outliers} outliers, expected {outlier_counts.sum()} by row")
-        coded = CodedMatrix(
-            rows=matrix.rows,
-            cols=matrix.cols,
-            log2_states=fields["log2_states"],
-            raw_bits=fields["raw_bits"],
-            min_symbol=fields["min_symbol"],
-            marginal=parts["marginal"],
-            words=parts["words"],
-            row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
-            states=states,
-            scale=parts["scale"],
-            outliers=parts["outliers"],
-            outlier_offsets=np.concatenate([[0], np.cumsum(outlier_counts)]).astype(np.uint32),
-        )
-        check(coded)
-        if (coded.scale < 0).any():
-            raise ValueError("a scale is negative")
+        return parts.join(matrix, fields, tensors)
     except ValueError as error:
         raise damaged(container.path, f"{matrix.name}: {error}") from None
-    return coded

@@ -1,14 +1,14 @@
 // The code: tANS over pairs of weights, four weights (two pairs and their raw bits) at a time.
 // Format facts only; how the bits arrive is the business of the stream that is imported beside this file.
 // Beside it stands stream.wgsl or stream_wide.wgsl (Stream, window, advance, refill), and the importer provides
-// table_entry(state) -> u32.
+// table_entry(stream) -> u32, of the class's table the entry of the stream's state.
 
 override n_states: u32;  // 2048 or 4096
 override raw_bits: u32;  // 0..4 low bits per weight that are stored as they are
 
-// A table entry: nbits in bits 0..4 | symbol 0 in 8..12 | symbol 1 in 16..20 | base in 21..31.
+// A table entry: nbits in bits 0..4 | symbol 0 in 5..12 | symbol 1 in 13..20 | base in 21..31.
 // nbits sits lowest so that the entry itself is the shift amount; with 2^12 states base is even and stored halved.
-const SYMBOLS: u32 = 0x1F1Fu;
+const SYMBOLS: u32 = 0xFFFFu;
 const NBITS: u32 = 31u;
 
 fn entry_base(entry: u32) -> u32 {
@@ -23,7 +23,7 @@ fn next_state(entry: u32, window: u32) -> u32 {
 
 // Four symbols, one a byte, from the entries of two pairs.
 fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
-  return ((pair0 >> 8u) & SYMBOLS) | ((pair1 << 8u) & (SYMBOLS << 16u));
+  return ((pair0 >> 5u) & SYMBOLS) | ((pair1 << 11u) & (SYMBOLS << 16u));
 }
 
 // The 4 * raw_bits leading bits of the window, weight 0 lowest, spread to one field a byte.
@@ -54,7 +54,7 @@ fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low
   var bits = window(s);
   let low = raw_bytes(bits);
   bits = bits << (4u * raw_bits);
-  let pair0 = table_entry((*s).state);
+  let pair0 = table_entry(s);
   (*s).state = next_state(pair0, bits);
   var used = 4u * raw_bits;
   if (raw_bits > 2u) {  // two pairs no longer fit one window: more than 32 bits
@@ -65,7 +65,7 @@ fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low
     bits = bits << (pair0 & NBITS);
     used += pair0 & NBITS;
   }
-  let pair1 = table_entry((*s).state);
+  let pair1 = table_entry(s);
   (*s).state = next_state(pair1, bits);
   advance(s, used + (pair1 & NBITS));
   let symbols = symbol_bytes(pair0, pair1);

@@ -1,17 +1,12 @@
 // Dot products of decoded weights with activations that are int8 digits: x = scale (d0 + d1 / 254 + d2 / 254^2),
 // one scale for 32 columns. One digit is the int8 mode; three carry 23 bits below the block's largest value, no less
 // than f32 rounding leaves of a sum, and are the exact mode. The integer sums are exact in both.
-// The importer provides  x_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),  x_scale: array<vec2<f32>>
+// Beside it stands sums.wgsl. The importer provides  x_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),  x_scale: array<vec2<f32>>
 // (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset  (min_symbol << raw_bits).
 
-override tokens: u32;         // 1..MAX_TOKENS
-override digits: u32;         // 1 or 3
-override rows_per_lane: u32;  // 1..MAX_ROWS: the activations are loaded once for all of them
+override digits: u32;  // 1 or 3
 
-const MAX_ROWS = 4u;
 const DIGIT = 1.0 / 254.0;
-
-alias Sums = array<f32, MAX_TOKENS>;
 
 // Decode 32 columns of a lane's rows once, use them for every token.
 fn accumulate_block(streams: ptr<function, array<Stream, MAX_ROWS>>, block: u32,
@@ -51,8 +46,9 @@ fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
 
 fn add_outliers(row: Row, sums: Sums) -> Sums {
   var total = sums;
-  for (var k = 0u; k < row.n_outliers; k++) {
-    let outlier = outliers[row.first_outlier + k];
+  let end = end_outlier(row);
+  for (var k = row.first_outlier; k < end; k++) {
+    let outlier = outliers[k];
     for (var t = 0u; t < tokens; t++) {
       total[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
     }

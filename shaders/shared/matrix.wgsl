@@ -1,10 +1,25 @@
 // A coded matrix in GPU memory: what every kernel that decodes weights is given.
 
+// Rows lie sorted by class, so that all of a tile have one decode table.
 struct Row {
-  bit: u32,            // where the row's stream starts in `words`
-  scale: f32,
-  first_outlier: u32,  // into `outliers`
-  n_outliers: u32,
+  bit: u32,             // where the row's stream starts in `words`
+  place: u32,           // which row of the matrix it is | class << 28
+  first_outlier: u32,   // into `outliers`
+  scale_outliers: u32,  // scale_log2 + 1024 in the high half, the number of outliers in the low one
+}
+
+fn matrix_row(row: Row) -> u32 { return row.place & 0x0FFFFFFFu; }
+
+// Of the class's decode table, in `table`.
+fn first_entry(row: Row) -> u32 { return (row.place >> 28u) * n_states; }
+
+fn end_outlier(row: Row) -> u32 { return row.first_outlier + (row.scale_outliers & 0xFFFFu); }
+
+// 2^(scale_log2 / 8), put together from its bits, as exp2 may round otherwise; -1024 stands for 0.
+fn row_scale(row: Row) -> f32 {
+  let k = row.scale_outliers >> 16u;
+  var mantissa = array<u32, 8>(0x000000u, 0x0B95C2u, 0x1837F0u, 0x25FED7u, 0x3504F3u, 0x45672Au, 0x5744FDu, 0x6AC0C7u);
+  return select(0.0, bitcast<f32>((((k >> 3u) - 1u) << 23u) | mantissa[k & 7u]), k > 0u);
 }
 
 // An outlier is what the symbol range had to cut off: column in the low half, signed remainder (unit 2^raw_bits) in the high.

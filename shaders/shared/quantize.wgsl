@@ -1,14 +1,24 @@
 // Activations to int8 digits (see dot.wgsl), four columns a lane, eight neighbouring lanes a block of 32.
 // The importer provides  x_digits: array<u32>  (tokens, digits, 4-column groups)  and  x_scale: array<vec2<f32>>.
+// For weights without loss x_digits takes the f32 themselves, (tokens, columns), and x_scale nothing.
 
 override lanes: u32;   // of the workgroup; a multiple of 8
-override digits: u32;  // 1 or 3
+override digits: u32;  // 1 or 3; or FLOAT
+
+const FLOAT = 4u;  // bytes a column, as a digit is one
 
 var<workgroup> block_max: array<f32, lanes>;
 var<workgroup> block_sum: array<f32, lanes>;
 
 // To be called by all lanes of the workgroup; `group` = column / 4; groups past the end carry v = 0 and write nothing.
 fn quantize4(v: vec4<f32>, lane: u32, token: u32, group: u32, n_blocks: u32) {
+  if (digits == FLOAT) {
+    if (group < n_blocks * 8u) {
+      let first = 4u * (token * n_blocks * 8u + group);
+      for (var k = 0u; k < 4u; k++) { x_digits[first + k] = bitcast<u32>(v[k]); }
+    }
+    return;
+  }
   let size = abs(v);
   workgroupBarrier();  // the last call's readers are done
   block_max[lane] = max(max(size.x, size.y), max(size.z, size.w));

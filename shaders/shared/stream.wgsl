@@ -5,6 +5,7 @@ override interleave: u32;  // rows whose 16-byte chunks alternate: 1, or what st
 
 struct Stream {
   state: u32,
+  table: u32,  // first entry of its decode table
   pos: u32,   // bits of w0 already used, 0..31
   next: u32,  // index of w2
   w0: u32,
@@ -12,11 +13,11 @@ struct Stream {
   w2: u32,
 }
 
-fn open_stream(bit: u32, state: u32) -> Stream {
+fn open_stream(bit: u32, state: u32, table: u32) -> Stream {
   let first = bit >> 5u;
   let second = word_after(first);
   let third = word_after(second);
-  return Stream(state, bit & 31u, third, words[first], words[second], words[third]);
+  return Stream(state, table, bit & 31u, third, words[first], words[second], words[third]);
 }
 
 fn word_after(i: u32) -> u32 {

@@ -7,6 +7,7 @@ override interleave: u32;
 
 struct Stream {
   state: u32,
+  table: u32,     // first entry of its decode table
   pos: u32,       // bits of w0 already used, 0..31
   word: u32,      // word of `a` that w0 is, 0..3 when aligned
   next: u32,      // index of b
@@ -19,9 +20,9 @@ struct Stream {
   w4: u32,
 }
 
-fn open_stream(bit: u32, state: u32) -> Stream {
+fn open_stream(bit: u32, state: u32, table: u32) -> Stream {
   let first = bit >> 7u;
-  var s = Stream(state, bit & 31u, (bit >> 5u) & 3u, first + interleave, words[first], words[first + interleave], 0u, 0u, 0u, 0u, 0u);
+  var s = Stream(state, table, bit & 31u, (bit >> 5u) & 3u, first + interleave, words[first], words[first + interleave], 0u, 0u, 0u, 0u, 0u);
   align(&s);
   return s;
 }

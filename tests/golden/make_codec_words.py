@@ -2,7 +2,7 @@
 
     python tests/golden/make_codec_words.py
 
-The format's promise: version 1 files hold exactly these words and rebuild exactly these tables. So
+The format's promise: version 2 files hold exactly these words and rebuild exactly these tables. So
 if the encoder improves, the words may be made anew, but what `tables` and `words` say must go on
 being read as `q`.
 """
@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from codec.matrix import CodedMatrix, encode_matrix
-from codec.table import decode_table
+from codec.table import decode_tables
 
 GOLDEN = Path(__file__).parent / "codec_words.json"
 
 
 def golden_matrix() -> np.ndarray:
-    """q (5, 37): bell-shaped integers from a fixed sequence, with two outliers."""
+    """q (40, 37): bells from a fixed sequence, every fifth row wider, with two outliers."""
     sequence, x = [], 1
-    for _ in range(5 * 37 * 4):
+    for _ in range(40 * 37 * 4):
         x = x * 1103515245 + 12345 & 0x7FFFFFFF  # the example generator of the C standard
         sequence.append((x >> 16) % 11 - 5)
-    q = np.array(sequence).reshape(4, 5, 37).sum(axis=0)
+    q = np.array(sequence).reshape(4, 40, 37).sum(axis=0)
+    q[::5] *= 7
     q[1, 36], q[3, 0] = 1000, -77
     return q
 
@@ -34,17 +35,18 @@ def to_record(m: CodedMatrix) -> dict[str, object]:
         "log2_states": m.log2_states,
         "raw_bits": m.raw_bits,
         "min_symbol": m.min_symbol,
-        "marginal": m.marginal.tolist(),
+        "marginals": m.marginals.tolist(),
+        "classes": m.classes.tolist(),
         "row_offsets": m.row_offsets.tolist(),
         "states": m.states.tolist(),
         "outlier_offsets": m.outlier_offsets.tolist(),
         "outliers": m.outliers.tolist(),
         "words": m.words.astype(">u4").tobytes().hex(),
-        "table": decode_table(m.marginal, m.log2_states).astype(">u4").tobytes().hex(),
+        "tables": decode_tables(m.marginals, m.log2_states).astype(">u4").tobytes().hex(),
     }
 
 
 if __name__ == "__main__":
     q = golden_matrix()
-    records = [to_record(encode_matrix(q, np.ones(5), p)) for p in (11, 12)]
+    records = [to_record(encode_matrix(q, np.zeros(40, np.int16), p)) for p in (11, 12)]
     GOLDEN.write_text(json.dumps({"q": q.tolist(), "codes": records}) + "\n")

@@ -1,0 +1,87 @@
+"""Where the words of a coded matrix lie in GPU memory: rearranged in numpy, before they are sent.
+
+Both arrangements serve rows that are read side by side, a lane each: their 16-byte chunks
+alternate, so that the lanes walk through memory together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from codec import scale
+from codec.classes import TILE
+from codec.lossless import LosslessMatrix
+from codec.matrix import CodedMatrix
+
+BLOCK = 32  # columns that share an activation scale; kernels work in whole blocks
+CHUNK_BITS = 128  # what stream_wide reads at a time
+
+_CHUNK_WORDS = CHUNK_BITS // 32
+
+Rows = npt.NDArray[np.int64]  # by their numbers, in the order in which they shall lie
+
+
+def row_info(m: CodedMatrix, rows: Rows, bits: Rows, places: Rows) -> npt.NDArray[np.uint32]:
+    """struct Row of some rows (rows, 4): their streams start at `bits`, `places` is for `place`."""
+    info = np.empty((rows.size, 4), np.uint32)
+    info[:, 0] = bits
+    info[:, 1] = places | m.classes[rows].astype(np.int64) << 28
+    info[:, 2] = m.outlier_offsets[rows]
+    info[:, 3] = m.scale_log2[rows].astype(np.int64) - scale.ZERO << 16 | m.outlier_counts[rows]
+    return info
+
+
+def padded_rows(rows: int) -> int:
+    """Rows in whole tiles."""
+    return -(-rows // TILE) * TILE
+
+
+def streams(m: CodedMatrix, rows: Rows) -> tuple[npt.NDArray[np.uint32], Rows]:
+    """The words of some rows, one row after another, and the bit in which each starts."""
+    first = m.row_offsets[rows] // 32
+    end = -(-m.row_offsets[rows + 1] // 32)
+    if m.n_classes == 1:  # then rows follow each other in the file as well
+        return m.words[first[0] : end[-1]], m.row_offsets[rows] - 32 * first[0]
+    words = np.concatenate([m.words[i:j] for i, j in zip(first, end, strict=True)])
+    starts = np.cumsum(end - first) - (end - first)
+    return words, 32 * starts + m.row_offsets[rows] % 32
+
+
+def interleaved_streams(
+    m: CodedMatrix, rows: Rows, lanes: int
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """The words of some rows, the chunks of every `lanes` rows alternating, and where each starts.
+
+    A row keeps its offset within the first chunk; its next chunk is `lanes` chunks further on.
+    """
+    first = m.row_offsets[rows] // CHUNK_BITS
+    counts = -(-m.row_offsets[rows + 1] // CHUNK_BITS) - first
+    groups = np.zeros((-(-rows.size // lanes), lanes), np.int64)
+    groups.ravel()[: rows.size] = counts
+    widths = groups.max(axis=1)
+    group_starts = lanes * (np.cumsum(widths) - widths)
+    row = np.arange(rows.size)
+    starts = group_starts[row // lanes] + row % lanes
+
+    base = first.min()
+    words = m.words[_CHUNK_WORDS * base : _CHUNK_WORDS * (first + counts).max()]
+    words = np.append(words, np.zeros(-words.size % _CHUNK_WORDS, np.uint32))
+    chunk_row = np.repeat(row, counts)
+    step = np.arange(chunk_row.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    out = np.zeros((lanes * int(widths.sum()), _CHUNK_WORDS), np.uint32)
+    source = words.reshape(-1, _CHUNK_WORDS)
+    out[starts[chunk_row] + lanes * step] = source[first[chunk_row] - base + step]
+    return out.ravel(), starts * CHUNK_BITS + m.row_offsets[rows] % CHUNK_BITS
+
+
+def row_chunks(m: LosslessMatrix) -> int:
+    """Chunks that the fields of a row take, in whole blocks of columns."""
+    return -(-(-(-m.cols // BLOCK) * m.field_bits) // _CHUNK_WORDS)
+
+
+def tiled_fields(m: LosslessMatrix, rows: Rows) -> npt.NDArray[np.uint32]:
+    """Some rows' fields of sign and mantissa: (tiles, row_chunks, TILE, words of a chunk)."""
+    words = np.zeros((padded_rows(rows.size), row_chunks(m) * _CHUNK_WORDS), np.uint32)
+    words[: rows.size, : m.row_words] = m.mantissas.reshape(m.rows, m.row_words)[rows]
+    return words.reshape(-1, TILE, row_chunks(m), _CHUNK_WORDS).swapaxes(1, 2)

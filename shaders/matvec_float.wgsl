@@ -1,0 +1,52 @@
+// y[split, t, row] = sum over the split's columns of W[row, column] x[t, column]: matvec for weights without loss.
+// Lanes, segments and splits as in matvec; f32 throughout. Dispatch: (row tiles, splits).
+
+//#import state
+//#import ans
+//#import stream
+//#import matrix
+//#import floats
+//#import sums
+//#import dot_float
+//#import segments
+
+struct Params {
+  rows: u32,
+  rows_padded: u32,
+  y_rows: u32,
+  n_blocks: u32,
+  n_segments: u32,
+  segment_blocks: u32,
+  row_chunks: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> words: array<u32>;
+@group(0) @binding(2) var<storage, read> row_info: array<Row>;
+@group(0) @binding(3) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
+@group(0) @binding(4) var<storage, read> table: array<vec4<u32>>;
+@group(0) @binding(5) var<storage, read> outliers: array<u32>;
+@group(0) @binding(6) var<storage, read> mantissas: array<vec4<u32>>;
+@group(0) @binding(7) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (splits, tokens, y_rows)
+
+@compute @workgroup_size(32, segments_per_group)
+fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
+        @builtin(workgroup_id) group: vec3<u32>) {
+  let index = group.x * 32u + local.x;
+  let row = row_info[index];
+  load_table(lane, first_entry(row_info[group.x * 32u]));
+  let segment = group.y * segments_per_group + local.y;
+  var sums: array<Sums, MAX_ROWS>;  // rows_per_lane is 1 here
+  if (segment < params.n_segments) {
+    let chunk = first_chunk(index);
+    let entry = entries[segment * params.rows_padded + index];
+    let begin = segment * params.segment_blocks;
+    let end = min(begin + params.segment_blocks, params.n_blocks);
+    var streams: array<Stream, MAX_ROWS>;
+    streams[0] = open_stream(row.bit + entry / n_states, entry & (n_states - 1u), 0u);
+    for (var block = begin; block < end; block++) { accumulate_block(&streams, vec4<u32>(chunk), block, &sums); }
+    if (segment == 0u) { sums[0] = add_outliers(row, chunk, sums[0]); }
+  }
+  write_sums(sums[0], 1.0, matrix_row(row), index, local.xy, group.y);
+}

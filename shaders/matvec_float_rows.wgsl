@@ -1,0 +1,57 @@
+// y[t, row] = sum of W[row, column] x[t, column]: matvec_float for software adapters, as matvec_rows is matvec for them.
+// Dispatch: ceil(rows / (LANES * rows_per_lane)).
+
+//#import state
+//#import ans
+//#import stream_wide
+//#import matrix
+//#import floats
+//#import sums
+//#import dot_float
+
+const LANES = 8u;  // one AVX2 vector; the rows that interleave
+
+struct Params {
+  rows: u32,
+  y_rows: u32,
+  n_blocks: u32,
+  row_chunks: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<uniform> table: array<vec4<u32>, 4096>;  // of all classes, and a rest never reached
+@group(0) @binding(2) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> row_info: array<Row>;
+@group(0) @binding(4) var<storage, read> entries: array<u32>;  // the rows' initial states
+@group(0) @binding(5) var<storage, read> outliers: array<u32>;
+@group(0) @binding(6) var<storage, read> mantissas: array<vec4<u32>>;
+@group(0) @binding(7) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (1, tokens, y_rows)
+
+fn table_entry(s: ptr<function, Stream>) -> u32 {
+  let i = (*s).table + (*s).state;
+  return table[i >> 2u][i & 3u];
+}
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
+  let first = group.x * LANES * rows_per_lane + lane;
+  var streams: array<Stream, MAX_ROWS>;
+  var chunks: vec4<u32>;
+  var sums: array<Sums, MAX_ROWS>;
+  for (var r = 0u; r < rows_per_lane; r++) {
+    let index = first + r * LANES;
+    let row = row_info[index];
+    streams[r] = open_stream(row.bit, entries[index], first_entry(row));
+    chunks[r] = first_chunk(index);
+  }
+  for (var block = 0u; block < params.n_blocks; block++) { accumulate_block(&streams, chunks, block, &sums); }
+  for (var r = 0u; r < rows_per_lane; r++) {
+    let index = first + r * LANES;
+    let row = row_info[index];
+    let total = add_outliers(row, chunks[r], sums[r]);
+    if (index < params.rows) {
+      for (var t = 0u; t < tokens; t++) { y[t * params.y_rows + matrix_row(row)] = total[t]; }
+    }
+  }
+}
