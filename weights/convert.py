@@ -23,7 +23,7 @@ from codec.quantize import Histogram, bisect_constant, predicted_bits
 from engine.errors import EngineError, WeightsError
 from engine.tokenizer import Tokenizer
 from weights import layout
-from weights.calibration.calibration import calibrate
+from weights.calibration.calibration import Calibration, calibrate
 from weights.calibration.sample import sample_tokens
 from weights.calibration.text import read_windows
 from weights.folder import cache_folder
@@ -71,6 +71,7 @@ def convert(
     log2_states: int = DEFAULT_LOG2_STATES,
     text: CalibrationText = FULL,
     progress: bool = True,
+    keep_calibration: bool = False,
 ) -> list[MatrixReport]:
     """Write `source` to the file `out`, which appears whole or not at all; returns what it cost.
 
@@ -78,7 +79,8 @@ def convert(
     errors are worth. Where that is not known (without calibration the embedding and the head, with
     it an embedding that is not the head), or where `embed_bits` is given, embedding and head take
     that many, by default `bits` but at least LEAST_EMBED_BITS, and `bits` are those of the blocks.
-    `progress` shows a bar on a terminal.
+    `progress` shows a bar on a terminal. A calibration is removed when the file is there, unless
+    `keep_calibration`; one that was stopped, or is still there, is carried on.
     WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written;
     EngineError: a calibration text that cannot be used.
     """
@@ -91,7 +93,8 @@ def convert(
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     # A thread works on its own matrix: products that are threaded too would wait for cores.
     with bar, threadpool_limits(1, "blas"):
-        quantizer = _quantizer(source, text, bar)
+        calibration = _calibration(source, text, bar)
+        quantizer = Whitened(source, calibration) if calibration else Plain(source)
         measured = bar.track(
             in_order(quantizer.histogram, matrices), total=len(matrices), description="measuring"
         )
@@ -117,12 +120,14 @@ def convert(
             chat_template=source.chat_template,
             source=source.name,
         )
+    if calibration and not keep_calibration:
+        calibration.remove()
     return reports
 
 
-def _quantizer(source: Source, text: CalibrationText, bar: Progress) -> Quantizer:
+def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibration | None:
     if text.tokens == 0:
-        return Plain(source)
+        return None
 
     def shown(description: str) -> Callable[[int, int], None]:
         task = bar.add_task(description)
@@ -136,8 +141,7 @@ def _quantizer(source: Source, text: CalibrationText, bar: Progress) -> Quantize
         encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
         tokens = read_windows(text.file, encode, n_windows, length)
     folder = cache_folder() / "calibration"
-    calibration = calibrate(source, tokens, folder, progress=shown("calibrating"))
-    return Whitened(source, calibration)
+    return calibrate(source, tokens, folder, progress=shown("calibrating"))
 
 
 def _constants(
@@ -252,6 +256,11 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="how much of it; 0 quantizes without (default %(default)s)",
     )
+    parser.add_argument(
+        "--keep-calibration",
+        action="store_true",
+        help="do not delete what was learnt: the next conversion of this model begins with it",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
     options = parser.parse_args(arguments)
     try:
@@ -263,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.log2_states,
             CalibrationText(options.calibration_tokens, options.calibration),
             progress=not options.quiet,
+            keep_calibration=options.keep_calibration,
         )
         if not options.quiet:
             print(format_file(WeightsFile.open(options.out), reports))

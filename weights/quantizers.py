@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
 from codec.whiten import quantize_whitened
-from engine.errors import WeightsError
 from weights import layout
 from weights.calibration.calibration import Calibration
 from weights.equalize import Equalized
@@ -62,7 +61,7 @@ class Plain:
         return quantize(w, scale), scale
 
     def vector(self, name: str) -> Array:
-        return read_finite(self._source, name)
+        return self._source.read(name)
 
 
 class Whitened:
@@ -97,7 +96,7 @@ class Whitened:
         return q, scale
 
     def vector(self, name: str) -> Array:
-        return self._equalized.vector(name, read_finite(self._source, name))
+        return self._equalized.vector(name, self._source.read(name))
 
     def _read(self, matrix: layout.Matrix) -> Array:
         w = read_fused(self._source, matrix)
@@ -107,17 +106,5 @@ class Whitened:
 
 def read_fused(source: Source, matrix: layout.Matrix) -> Array:
     """The source's tensors stacked to (rows, cols)."""
-    parts = [read_finite(source, name) for name, _ in matrix.parts]
+    parts = [source.read(name) for name, _ in matrix.parts]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def read_finite(source: Source, name: str) -> Array:
-    """A tensor of the source; WeightsError if it has a number that is none."""
-    values = source.tensors[name].read()
-    if not np.isfinite(values).all():
-        bad = np.unravel_index(np.argmin(np.isfinite(values)), values.shape)
-        at = ", ".join(map(str, bad))
-        raise WeightsError(
-            f"{source.name}: {name}[{at}] is {values[bad]}; the source model is damaged"
-        )
-    return values
