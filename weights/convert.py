@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
@@ -189,8 +190,7 @@ def _saved(
 
         def taken(i: int) -> float:
             every = max(1, matrices[i].rows // _PROBE_ROWS)
-            coded = encode_matrix(*quantizer.integers(matrices[i], c, every), log2_states)
-            return coded.bits_per_weight
+            return _code(quantizer, matrices[i], c, log2_states, every)[1].bits_per_weight
 
         rounded = [
             predicted_bits(histograms[i], c, log2_states)
@@ -206,15 +206,21 @@ def _saved(
 def _encode(
     quantizer: Quantizer, matrix: layout.Matrix, c: float, log2_states: int
 ) -> tuple[CodedMatrix, MatrixReport]:
-    try:
-        q, scale = quantizer.integers(matrix, c)
-        coded = encode_matrix(q, scale, log2_states)
-    except ValueError as error:
-        raise WeightsError(f"{matrix.name}: {error}") from None
+    q, coded = _code(quantizer, matrix, c, log2_states)
     # What is written is never looked at again until it is used, perhaps years later.
     if not np.array_equal(decode_matrix(coded), q):
         raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
     return coded, describe(matrix.name, coded, q)
+
+
+def _code(
+    quantizer: Quantizer, matrix: layout.Matrix, c: float, log2_states: int, every: int = 1
+) -> tuple[npt.NDArray[np.int32], CodedMatrix]:
+    try:
+        q, scale = quantizer.integers(matrix, c, every)
+        return q, encode_matrix(q, scale, log2_states)
+    except ValueError as error:
+        raise WeightsError(f"{matrix.name}: {error}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
