@@ -123,6 +123,8 @@ def excess(q, w, u, steps):
 @pytest.mark.parametrize("step", [0.01, 0.4, 1.5])
 def test_sweep_is_the_published_loop(rows, cols, step):
     h = hessian(cols + 2)[:cols, :cols]
+    never = np.arange(1, cols, 9)  # comes up: the only weights that are zero from far away
+    h[never] = h[:, never] = 0
     u = inverse_factor(h)
     w = weights(rows, cols)
     steps = (step * np.random.default_rng(3).uniform(0.5, 2, rows)).astype(np.float32)
