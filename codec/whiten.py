@@ -48,8 +48,8 @@ def unit_steps(u: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
     least = _LEAST_GRADIENT * np.sqrt(np.mean(g * g))
     if least == 0:  # an output that never mattered: all rows alike
         g, least = np.ones_like(g), 1.0
-    steps: Floats = np.exp(np.mean(np.log(np.diag(u)))) / np.maximum(g, least)
-    return steps
+    units: Floats = np.exp(np.mean(np.log(np.diag(u)))) / np.maximum(g, least)
+    return units
 
 
 def quantize_whitened(w: Array, u: Floats, steps: Array) -> npt.NDArray[np.int32]:
@@ -58,8 +58,8 @@ def quantize_whitened(w: Array, u: Floats, steps: Array) -> npt.NDArray[np.int32
     Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
     error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding.
     """
-    divisor: Array = np.where(steps > 0, steps, np.inf).astype(np.float32)
-    z = np.ascontiguousarray(w.T) / divisor
+    divisors = np.where(steps > 0, steps, np.inf).astype(np.float32)
+    z: Array = np.divide(w.T, divisors, order="C")
     q = _sweep(z, u, _bits(z))
     return np.ascontiguousarray(q.T)
 

@@ -27,7 +27,7 @@ from engine.generate import Engine
 from engine.report import Row, as_json, as_markdown
 from engine.tokenizer import Tokenizer
 from model.reference import Reference
-from weights.cache import DEFAULT_MODEL, is_weights_file, resolve
+from weights.cache import DEFAULT_MODEL, is_weights_file, resolve, resolve_each
 from weights.convert import Bits, parse_bits
 from weights.rates import MAX_BITS, MIN_BITS
 from weights.sources import open_source
@@ -144,15 +144,15 @@ def _evaluate(a: argparse.Namespace, text: str) -> list[Row]:
 
     asked = [(model, bits) for model in a.models for bits in a.bits or [None]]
     options = {"context": a.window, "adapter": a.adapter}
-    engines = [Engine.open(model, exact=a.exact, bits=bits, **options) for model, bits in asked]
+    files = [path for model in a.models for path in resolve_each(model, a.bits or [None])]
+    engines = [Engine.open(path, exact=a.exact, **options) for path in files]
     for (model, _), engine in zip(asked, engines, strict=True):
         if complaint := _difference(engine, reference.config.vocab_size, text, token_ids):
             raise EngineError(
                 f"{a.reference}: {complaint} the model {model}; give a reference of the same model"
             )
     twins = [
-        Engine.open(model, exact=not a.exact, bits=bits, **options)
-        for model, bits in (asked if a.activations else [])
+        Engine.open(path, exact=not a.exact, **options) for path in (files if a.activations else [])
     ]
 
     shown = _Shown(1 + len(engines) + len(twins), len(token_ids), a.window)

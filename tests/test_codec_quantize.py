@@ -9,6 +9,7 @@ from codec.quantize import (
     histogram,
     predicted_bits,
     quantize,
+    root_mean_squares,
     row_steps,
 )
 from codec.scale import ZERO, to_scale
@@ -23,9 +24,13 @@ def weights(rows, cols, seed=7):
     return w.astype(np.float32)
 
 
+def measured(w):
+    return histogram(w, root_mean_squares(w))
+
+
 def test_steps_are_c_times_rms_on_the_grid():
     w = np.array([[3, -4, 0, 0], [0, 0, 0, 0], [1e-3, 1e-3, -1e-3, 1e-3]], np.float32)
-    steps = row_steps(w, 0.5)
+    steps = row_steps(root_mean_squares(w), 0.5)
     assert steps.dtype == np.int16
     # 8 log2 of 1.25 and 0.0005
     assert steps.tolist() == [3, ZERO, -88]
@@ -40,12 +45,12 @@ def test_rounding_is_to_nearest_ties_to_even():
 
 def test_rows_without_step_are_zero():
     w = np.array([[0, 0], [1e-30, -1e-30]], np.float32)  # the second's squares are 0 in float32
-    assert quantize(w, row_steps(w, 0.3)).tolist() == [[0, 0], [0, 0]]
+    assert quantize(w, row_steps(root_mean_squares(w), 0.3)).tolist() == [[0, 0], [0, 0]]
 
 
 def test_error_is_at_most_half_a_step():
     w = weights(33, 70)
-    steps = row_steps(w, 0.2)
+    steps = row_steps(root_mean_squares(w), 0.2)
     error = np.abs(quantize(w, steps) * to_scale(steps).astype(np.float64)[:, None] - w)
     # The float32 quotient is off by 2^-24 of itself, and |q| < 2^7.
     assert (error <= to_scale(steps).astype(np.float64)[:, None] * (0.5 + 2.0**-17)).all()
@@ -55,10 +60,10 @@ def test_error_is_at_most_half_a_step():
 def test_histogram_tells_the_integers(c):
     w = weights(200, 501)
     w[3, 4] = 400 * w[3].std()  # far beyond the histogram
-    of_units, lowest = histogram(w).integers(c)
-    counts = of_units.sum(axis=0)
+    of_groups, lowest = measured(w).integers(c)
+    counts = of_groups.sum(axis=0)
     assert counts.sum() == pytest.approx(w.size)
-    q = quantize(w, row_steps(w, c))
+    q = quantize(w, row_steps(root_mean_squares(w), c))
     expected = np.bincount(np.clip(q, lowest, -lowest).ravel() - lowest, minlength=counts.size)
     # Bins across an edge put some weights next door.
     moved = np.abs(np.cumsum(counts - expected))
@@ -66,11 +71,26 @@ def test_histogram_tells_the_integers(c):
     assert counts[-lowest] >= 501  # zeros are zeros
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_histogram_counts_in_the_units_of_the_rows(size):
+    """Whatever the units are, c times them are the steps; zero weights fit in any."""
+    rng = np.random.default_rng(9)
+    w = (weights(70, 301) * size).astype(np.float32)
+    units = (size * rng.uniform(0.2, 3, 70)).astype(np.float32)
+    units[[3, 40]] = 0  # all weights of such rows are zeros, whatever they are
+    counts, lowest = histogram(w, units).integers(0.3)
+    q = w / (0.3 * np.where(units > 0, units, np.inf))[:, None]
+    expected = np.bincount(np.rint(q).astype(int).ravel() - lowest, minlength=counts.size)
+    # A bin is a 512th of the weights' spread: of those in a bin with an edge, half are next door.
+    assert np.abs(np.cumsum(counts - expected)).max() < 0.01 * w.size
+    assert counts.sum() == pytest.approx(w.size)
+
+
 def test_histogram_takes_every_row(monkeypatch):
     w = weights(33, 70)
-    whole = histogram(w)
+    whole = measured(w)
     monkeypatch.setattr("codec.quantize._CHUNK_WEIGHTS", 500)
-    assert np.array_equal(histogram(w).below, whole.below)
+    assert np.array_equal(measured(w).below, whole.below)
     assert whole.below[:, -1].tolist() == [32 * 70, 70]
 
 
@@ -78,10 +98,10 @@ def test_histogram_takes_every_row(monkeypatch):
 @pytest.mark.parametrize("bits", [2, 3.25, 4.5, 6, 8])
 def test_constant_meets_the_asked_rate(bits, log2_states):
     model = [weights(300, 600, 1), weights(200, 1001, 2), weights(700, 300, 3)]
-    c = bisect_constant([histogram(w) for w in model], bits, log2_states)
+    c = bisect_constant([measured(w) for w in model], bits, log2_states)
     stored = 0
     for w in model:
-        steps = row_steps(w, c)
+        steps = row_steps(root_mean_squares(w), c)
         stored += encode_matrix(quantize(w, steps), steps, log2_states).stored_bits
     # Where rows differ as much as these, tables of their own save a little more than is predicted.
     assert -0.035 < stored / sum(w.size for w in model) - bits < 0.02
@@ -91,14 +111,14 @@ def test_constant_meets_the_asked_rate(bits, log2_states):
 def test_constant_stays_below_a_rate_that_is_jumped_over(bits):
     """Weights of three values are coded in less than 1 bit or, with smaller steps, in 1.6."""
     w = np.random.default_rng(8).choice(np.float32([-1, 0, 1]), (50, 400))
-    h = histogram(w)
+    h = measured(w)
     c = bisect_constant([h], bits)
     assert predicted_bits(h, c) / w.size < bits + 5e-4
     assert predicted_bits(h, 0.99 * c) / w.size > bits
 
 
 def test_prediction_falls_with_c():
-    h = histogram(weights(100, 300))
+    h = measured(weights(100, 300))
     bits = [predicted_bits(h, c) for c in (0.01, 0.03, 0.1, 0.3, 1, 3)]
     assert bits == sorted(bits, reverse=True)
 
@@ -106,13 +126,14 @@ def test_prediction_falls_with_c():
 @pytest.mark.parametrize("bits", [0.1, 15, float("nan")])
 def test_rates_out_of_reach_are_refused(bits):
     with pytest.raises(ValueError, match="cannot be had"):
-        bisect_constant([histogram(weights(30, 100))], bits)
+        bisect_constant([measured(weights(30, 100))], bits)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_weights_that_are_not_finite_are_refused(value):
     w = weights(33, 70)
     w[20, 3] = value
-    for reader in (histogram, lambda w: row_steps(w, 0.1)):
-        with pytest.raises(ValueError, match="row 20 has weights that are not finite"):
-            reader(w)
+    with pytest.raises(ValueError, match="row 20 has weights that are not finite"):
+        root_mean_squares(w)
+    with pytest.raises(ValueError, match="row 20 has weights that are not finite"):
+        histogram(w, np.ones(33))

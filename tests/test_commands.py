@@ -22,7 +22,7 @@ from engine.errors import EngineError
 from engine.generate import Engine
 from engine.report import Row
 from weights import cache
-from weights.convert import convert
+from weights.convert import CalibrationText, convert
 from weights.sources import open_source
 from weights.store import WeightsFile
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> str:
     path = folder.with_suffix(".safetensors")
-    convert(open_source(folder), path, bits=6, progress=False)
+    convert(open_source(folder), path, bits=6, text=CalibrationText(0), progress=False)
     return str(path)
 
 
@@ -52,7 +52,7 @@ def untied(folder: Path) -> str:
     """Another model: its vocabulary is larger, its context shorter."""
     other = write_hf_folder(folder.with_name("untied"), UNTIED, random_tensors(UNTIED))
     path = other.with_suffix(".safetensors")
-    convert(open_source(other), path, bits=6, progress=False)
+    convert(open_source(other), path, bits=6, text=CalibrationText(0), progress=False)
     return str(path)
 
 
@@ -197,7 +197,9 @@ def evaluated(
 def coarse(folder: Path) -> str:
     """`model` with half its bits."""
     path = folder.with_name("coarse.safetensors")
-    convert(open_source(folder), path, bits=3, embed_bits=3, progress=False)
+    convert(
+        open_source(folder), path, bits=3, embed_bits=3, text=CalibrationText(0), progress=False
+    )
     return str(path)
 
 
@@ -257,6 +259,7 @@ def test_evaluate_converts_to_each_rate(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cache, "QUICK", CalibrationText(0))
     against = ["--reference", folder, "--text", text]
     rows = evaluated(capsys, [folder], *against, "--bits", "4.5,6")
     assert len(list((tmp_path / "cache").iterdir())) == 2

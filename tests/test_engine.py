@@ -29,7 +29,7 @@ from engine.sampler import Sampling
 from model.config import ModelConfig
 from model.reference import Reference, sampling_scores
 from weights import layout
-from weights.convert import convert
+from weights.convert import CalibrationText, convert
 from weights.sources import LazyTensor, Source
 from weights.store import WeightsFile
 
@@ -79,7 +79,7 @@ def files(
     files = {}
     for name, config in zip(MODELS, configs, strict=True):
         path = folder / f"{name}.safetensors"
-        convert(random_source(config), path, bits=6, progress=False)
+        convert(random_source(config), path, bits=6, text=CalibrationText(0), progress=False)
         files[name] = WeightsFile.open(path)
     return files
 

@@ -15,7 +15,7 @@ from engine.compare import log_softmax
 from engine.device import Device
 from engine.generate import Engine
 from model.reference import Reference
-from weights.convert import DEFAULT_BITS, convert
+from weights.convert import DEFAULT_BITS, CalibrationText, convert
 from weights.sources import Source
 from weights.store import WeightsFile
 
@@ -44,13 +44,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def default_file(folder: Path, default_model: Source) -> WeightsFile:
     """At the bits that a user gets."""
-    convert(default_model, folder / "default.safetensors", DEFAULT_BITS, progress=False)
+    convert(
+        default_model,
+        folder / "default.safetensors",
+        DEFAULT_BITS,
+        text=CalibrationText(0),
+        progress=False,
+    )
     return WeightsFile.open(folder / "default.safetensors")
 
 
 @pytest.fixture(scope="module")
 def file_8bit(folder: Path, default_model: Source) -> WeightsFile:
-    convert(default_model, folder / "8bit.safetensors", 8, progress=False)
+    convert(default_model, folder / "8bit.safetensors", 8, text=CalibrationText(0), progress=False)
     return WeightsFile.open(folder / "8bit.safetensors")
 
 

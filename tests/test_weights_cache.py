@@ -11,15 +11,17 @@ from tiny_model import CONFIG, random_tensors, write_gguf, write_hf_folder
 
 from engine.errors import WeightsError
 from weights import cache
-from weights.cache import resolve
+from weights.cache import resolve, resolve_each
+from weights.convert import QUICK, RECIPE_VERSION, CalibrationText
 from weights.sources import Source, open_source
 from weights.store import WeightsFile
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
+    """An empty cache folder, for models converted without calibration."""
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cache, "QUICK", CalibrationText(0))
     return tmp_path / "cache"
 
 
@@ -33,7 +35,7 @@ def test_resolve_converts_once_and_says_where(
     assert str(path) in said.err
     assert path.parent == folder
     assert path.name.startswith("tiny-")
-    assert path.name.endswith("-5.5bit-v2.safetensors")
+    assert path.name.endswith(f"-5.5bit-v{RECIPE_VERSION}.safetensors")
     assert WeightsFile.open(path).config == CONFIG
 
     written = path.stat().st_mtime_ns
@@ -99,11 +101,38 @@ def test_resolve_names_the_default_models_file(
 ) -> None:
     # Not converted here: that it is called with the right things is enough.
     calls = []
+    monkeypatch.setattr(cache, "QUICK", QUICK)
     monkeypatch.setattr(cache, "convert", lambda *args, **options: calls.append((args, options)))
     monkeypatch.setattr(cache, "open_source", lambda spec: default_model)
-    assert resolve("smollm2") == folder / "smollm2-5bit-v2.safetensors"
-    assert calls == [
-        ((default_model, folder / "smollm2-5bit-v2.safetensors", 5.0), {"progress": True})
-    ]
+    path = folder / f"smollm2-5bit-v{RECIPE_VERSION}.safetensors"
+    assert resolve("smollm2") == path
+    options = {"text": QUICK, "progress": True, "keep_calibration": False}
+    assert calls == [((default_model, path, 5.0), options)]
     assert default_model.name == "smollm2"
     assert open_source is not cache.open_source
+
+
+def test_resolve_each_calibrates_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_hf_folder(tmp_path / "tiny", CONFIG, random_tensors(CONFIG))
+    there = resolve(model, bits=6)
+    calls = []
+    monkeypatch.setattr(
+        cache,
+        "convert",
+        lambda source, path, bits, **o: calls.append((bits, o["keep_calibration"])),
+    )
+    paths = resolve_each(model, [4.5, 3, 6, 4.5, None])
+    # What is there is not converted, and what is asked for twice is converted once: the last
+    # conversion, which need keep nothing, is not always that of the last rate.
+    assert calls == [(4.5, True), (3, True), (5.0, False)]
+    assert [path.name for path in paths] == [
+        there.name.replace("-6bit", f"-{bits}bit") for bits in ("4.5", "3", "6", "4.5", "5")
+    ]
+    calls.clear()
+    resolve_each(model, [4.5, 6])
+    assert calls == [(4.5, False)]
+    assert resolve_each(there, [None, None]) == [there, there]
+    with pytest.raises(WeightsError, match="its bits are fixed"):
+        resolve_each(there, [None, 4])

@@ -116,7 +116,7 @@ def calibration(
     source: Source, tokens: npt.NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory
 ) -> Calibration:
     folder = tmp_path_factory.mktemp("calibration")
-    return calibrate(source, tokens, folder, seed=SEED, weighted=True)
+    return calibrate(source, tokens, folder, seed=SEED)
 
 
 def multiplying(config: ModelConfig) -> list[layout.Matrix]:
@@ -132,7 +132,6 @@ def test_hessian_is_of_what_the_products_read(
         found = calibration.matrix(matrix.name)
         # Inputs of size 1 agree to 128 roundings (test_reference_model); their squares to twice.
         assert_close(found.hessian, x.T @ x / len(x), 512 * EPS64 * np.square(x).max())
-        assert_close(found.mean_input, x.mean(axis=0), 128 * EPS64 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -162,39 +161,6 @@ def test_gradient_is_the_root_mean_square_of_finite_differences(
     assert_close(calibration.matrix(matrix).gradient[rows], want, DIFFERENCES)
 
 
-def test_gradient_leaves_out_the_first_positions(
-    source: Source,
-    tokens: npt.NDArray[np.int64],
-    truth: Truth,
-    calibration: Calibration,
-    tmp_path: Path,
-    assert_close: AssertClose,
-) -> None:
-    found = calibrate(source, tokens, tmp_path, seed=SEED, weighted=True, gradient_from=2)
-    assert found.folder.name != calibration.folder.name
-    name, rows = "model.layers.0.mlp.gate_up_proj", [5, 100]
-    gradient = truth.gradient(name, rows).reshape(N_WINDOWS, LENGTH, 2)[:, 2:]
-    want = np.sqrt(np.square(gradient).mean(axis=(0, 1)))
-    assert_close(found.matrix(name).gradient[rows], want, DIFFERENCES)
-    for field in ("hessian", "weighted_hessian", "mean_input"):
-        assert np.array_equal(
-            getattr(found.matrix(name), field), getattr(calibration.matrix(name), field)
-        )
-
-
-def test_weighted_hessian_counts_a_token_by_its_gradient(
-    source: Source, truth: Truth, calibration: Calibration, assert_close: AssertClose
-) -> None:
-    matrix = "model.layers.0.self_attn.o_proj"
-    weight = np.square(truth.gradient(matrix, list(range(CONFIG.dim)))).sum(axis=1)
-    x = truth.input_of(matrix)
-    want = (x.T * weight) @ x / weight.sum()
-    found = calibration.matrix(matrix)
-    assert found.weighted_hessian is not None
-    assert_close(found.weighted_hessian, want, DIFFERENCES * np.square(x).max())
-    assert not np.allclose(found.weighted_hessian, found.hessian, rtol=0.01)
-
-
 def test_head_needs_no_labels(
     source: Source, truth: Truth, calibration: Calibration, assert_close: AssertClose
 ) -> None:
@@ -203,25 +169,16 @@ def test_head_needs_no_labels(
     found = calibration.matrix(name)
     # Logits agree to 128 roundings; p (1 - p) is at most 1/4, its root moves by as much.
     assert_close(found.gradient, np.sqrt((p * (1 - p)).mean(axis=0)), 256 * EPS64)
-    x, weight = truth.input_of(name), 1 - np.square(p).sum(axis=1)
-    want = (x.T * weight) @ x / weight.sum()
-    assert found.weighted_hessian is not None
-    assert_close(found.weighted_hessian, want, 512 * EPS64 * np.square(x).max())
 
 
-def test_token_counts_and_unknown_names(
-    calibration: Calibration, source: Source, tokens: npt.NDArray[np.int64]
-) -> None:
-    assert calibration.token_counts.shape == (CONFIG.vocab_size,)
-    assert calibration.token_counts.sum() == tokens.size
-    assert calibration.token_counts[tokens[1, 2]] == np.count_nonzero(tokens == tokens[1, 2])
+def test_unknown_names_have_no_statistics(calibration: Calibration, source: Source) -> None:
     unknown = ["model.layers.2.mlp.down_proj", "model.layers.0.mlp.up_proj", "model.norm"]
     for name in [*unknown, layout.HEAD if source.config.tie_embeddings else layout.EMBEDDING]:
         with pytest.raises(KeyError):
             calibration.matrix(name)
 
 
-def everything(calibration: Calibration, config: ModelConfig) -> dict[str, Array | None]:
+def everything(calibration: Calibration, config: ModelConfig) -> dict[str, Array]:
     return {
         f"{matrix.name}.{field}": values
         for matrix in multiplying(config)
@@ -229,7 +186,7 @@ def everything(calibration: Calibration, config: ModelConfig) -> dict[str, Array
     }
 
 
-def same(a: dict[str, Array | None], b: dict[str, Array | None]) -> bool:
+def same(a: dict[str, Array], b: dict[str, Array]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
@@ -245,7 +202,7 @@ def test_small_chunks_change_only_roundings(
     monkeypatch.setattr(statistics, "_LOGITS", 5 * CONFIG.vocab_size)  # 5 tokens of 21
     monkeypatch.setattr("weights.calibration.layer._FEW", 10)  # 14 tokens, then 7
     monkeypatch.setattr("weights.calibration.layer._SCORES", 3 * 2 * LENGTH**2)  # 3 key heads of 4
-    again = everything(calibrate(source, tokens, tmp_path, seed=SEED, weighted=True), source.config)
+    again = everything(calibrate(source, tokens, tmp_path, seed=SEED), source.config)
     for key, want in everything(calibration, source.config).items():
         scale = np.abs(want).max()
         assert_close(again[key], want, 512 * EPS64 * scale)
@@ -275,7 +232,7 @@ def test_stopped_calibration_goes_on_where_it_ended(
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(os, "replace", replace)
-        calibrate(source, tokens, tmp_path, seed=SEED, weighted=True)
+        calibrate(source, tokens, tmp_path, seed=SEED)
 
     seen: list[int] = []
     resumed = calibrate(
@@ -283,7 +240,6 @@ def test_stopped_calibration_goes_on_where_it_ended(
         tokens,
         tmp_path,
         seed=SEED,
-        weighted=True,
         progress=lambda done, total: seen.append(done),
     )
     # Files come as input 0, 1, 2, then a gradient and a result for head, block 1 and block 0.
@@ -332,11 +288,27 @@ def test_complete_calibration_computes_nothing(
         tokens,
         calibration.folder.parent,
         seed=SEED,
-        weighted=True,
         progress=lambda *step: steps.append(step),
     )
     assert steps == [(5, 5)]
     assert again.folder == calibration.folder
+
+
+def test_results_hold_each_pair_of_inputs_once(source: Source, calibration: Calibration) -> None:
+    c, pairs = source.config, lambda n: n * (n + 1) // 2
+    with np.load(calibration.folder / "layer-1.npz") as file:
+        stored = sum(file[name].size for name in file.files if name.endswith("hessian"))
+    assert stored == 2 * pairs(c.dim) + pairs(c.q_dim) + pairs(c.hidden_dim)
+
+
+def test_removed_calibration_leaves_nothing(
+    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path
+) -> None:
+    calibration = calibrate(source, tokens, tmp_path)
+    (tmp_path / "another").mkdir()
+    calibration.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["another"]
+    calibration.remove()  # somebody else may have been quicker
 
 
 def test_another_calibration_has_another_folder(
@@ -348,21 +320,13 @@ def test_another_calibration_has_another_folder(
     tensors = {**source.tensors, name: LazyTensor(moved.shape, lambda: moved)}
     found = {
         calibration.folder.name,
-        calibrate(source, tokens[:2], tmp_path, seed=SEED, weighted=True).folder.name,
-        calibrate(source, tokens, tmp_path, seed=SEED + 1, weighted=True).folder.name,
-        calibrate(source, tokens, tmp_path, seed=SEED).folder.name,
+        calibrate(source, tokens[:2], tmp_path, seed=SEED).folder.name,
+        calibrate(source, tokens, tmp_path, seed=SEED + 1).folder.name,
         calibrate(
-            dataclasses.replace(source, tensors=tensors), tokens, tmp_path, seed=SEED, weighted=True
+            dataclasses.replace(source, tensors=tensors), tokens, tmp_path, seed=SEED
         ).folder.name,
     }
-    assert len(found) == 5
-
-
-def test_without_weights_there_is_no_weighted_hessian(
-    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path
-) -> None:
-    found = calibrate(source, tokens, tmp_path).matrix("model.layers.0.mlp.down_proj")
-    assert found.weighted_hessian is None
+    assert len(found) == 4
 
 
 def test_damaged_result_is_named(
@@ -383,14 +347,22 @@ def test_folder_that_cannot_be_written_is_named(
         calibrate(source, tokens, tmp_path / "file")
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (np.nan, r"model\.layers\.1\.self_attn\.v_proj\.weight\[2, 3\] is nan"),
+        (1e308, "block 1 gives activations that are not finite"),
+    ],
+)
 def test_model_that_is_not_finite_is_damaged(
-    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path
+    source: Source, tokens: npt.NDArray[np.int64], tmp_path: Path, weight: float, message: str
 ) -> None:
     name = "model.layers.1.self_attn.v_proj.weight"
     broken = source.tensors[name].read()
-    broken[2, 3] = np.nan
+    broken[2, 3] = weight
     tensors = {**source.tensors, name: LazyTensor(broken.shape, lambda: broken)}
-    with pytest.raises(WeightsError, match="tiny: block 1 gives activations that are not finite"):
+    with pytest.raises(WeightsError, match=f"tiny: {message}"):
         calibrate(dataclasses.replace(source, tensors=tensors), tokens, tmp_path)
 
 

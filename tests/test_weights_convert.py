@@ -1,4 +1,4 @@
-"""Conversion: the source's weights to half a step, at the asked rate, or no file at all."""
+"""Conversion without calibration: weights to half a step, at the asked rate, or no file at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -18,11 +19,15 @@ from codec.matrix import decode_matrix
 from engine.errors import WeightsError
 from weights import convert as command
 from weights import inspect, layout
-from weights.convert import convert
+from weights.convert import CalibrationText
 from weights.sources import LazyTensor, Source, open_source
 from weights.store import WeightsFile
 
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
+UNCALIBRATED = ["--calibration-tokens", "0"]
+
+# The other way is that of test_weights_convert_calibrated.
+convert = partial(command.convert, text=CalibrationText(0))
 
 
 @pytest.fixture
@@ -158,14 +163,14 @@ def test_convert_stopped_by_ctrl_c_leaves_nothing(source: Source, tmp_path: Path
 
     def read() -> np.ndarray:
         reads.append(name)
-        if len(reads) == 2:  # the first time it is only measured
+        if len(reads) == 4:  # it is measured once and probed twice before
             _thread.interrupt_main()
         return w
 
     out = tmp_path / "new" / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(with_tensor(source, name, read), out)
-    assert len(reads) == 2
+    assert len(reads) == 4
     assert list(out.parent.iterdir()) == []
 
 
@@ -187,14 +192,15 @@ def test_convert_command_reports_each_matrix(
 ) -> None:
     folder = write_hf_folder(tmp_path / "tiny", CONFIG, random_tensors(CONFIG))
     out = tmp_path / "out.safetensors"
-    assert command.main([str(folder), str(out), "--bits", "4.5", "--log2-states", "11"]) == 0
+    convert_it = [str(folder), str(out), *UNCALIBRATED]
+    assert command.main([*convert_it, "--bits", "4.5", "--log2-states", "11"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""  # no bar where there is no terminal
     assert inspect.main([str(out)]) == 0
     assert capsys.readouterr().out == printed.out
     assert "model.layers.1.mlp.down_proj" in printed.out
     assert f"{out.stat().st_size:,} bytes" in printed.out
-    assert command.main([str(folder), str(out), "--quiet"]) == 0
+    assert command.main([*convert_it, "--quiet"]) == 0
     assert capsys.readouterr().out == ""
 
 

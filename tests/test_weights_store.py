@@ -19,7 +19,7 @@ from codec.scale import LARGEST, ZERO
 from engine.errors import WeightsError
 from weights import inspect
 from weights.container import ContainerWriter, read_container, replacing
-from weights.convert import convert
+from weights.convert import CalibrationText, convert
 from weights.sources import open_source
 from weights.store import WeightsFile
 
@@ -34,7 +34,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # On both sides of 0 and too far out for any symbol.
     tensors["model.layers.0.self_attn.v_proj.weight"][[19, 3], [39, 5]] = -11, 10
     source = open_source(write_hf_folder(folder / "tiny", SMALL, tensors))
-    convert(source, folder / "tiny.safetensors", bits=6.5, embed_bits=7.5, log2_states=12)
+    convert(
+        source,
+        folder / "tiny.safetensors",
+        bits=6.5,
+        embed_bits=7.5,
+        log2_states=12,
+        text=CalibrationText(0),
+    )
     return folder / "tiny.safetensors"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import WeightsError
@@ -11,7 +12,14 @@ from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, Bits, convert
 from weights.folder import cache_folder
 from weights.sources import PACKAGED, open_source
 
-__all__ = ["DEFAULT_BITS", "DEFAULT_MODEL", "cache_folder", "is_weights_file", "resolve"]
+__all__ = [
+    "DEFAULT_BITS",
+    "DEFAULT_MODEL",
+    "cache_folder",
+    "is_weights_file",
+    "resolve",
+    "resolve_each",
+]
 
 DEFAULT_MODEL = "smollm2"
 
@@ -23,21 +31,36 @@ def resolve(model: str | Path, bits: Bits | None = None, progress: bool = True) 
     use, which takes minutes for large models and is announced on stderr. WeightsError or
     ConfigError when that fails, and WeightsError when `bits` is given for a converted file.
     """
-    path = Path(model)
+    return resolve_each(model, [bits], progress)[0]
+
+
+def resolve_each(
+    model: str | Path, rates: Sequence[Bits | None], progress: bool = True
+) -> list[Path]:
+    """`resolve` of one model for several bits; what is to be converted is calibrated once."""
     if is_weights_file(model):
-        if bits is not None:
+        if any(bits is not None for bits in rates):
             raise WeightsError(
-                f"{path}: its bits are fixed; choose bits only for a model to convert"
+                f"{model}: its bits are fixed; choose bits only for a model to convert"
             )
-        return path
-    bits = DEFAULT_BITS if bits is None else bits
-    rate = bits if bits == "lossless" else f"{bits:g}bit"
-    cached = cache_folder() / f"{_name(model)}-{rate}-v{RECIPE_VERSION}.safetensors"
-    if not cached.is_file():
+        return [Path(model) for _ in rates]
+    name = _name(model)
+    wanted = [DEFAULT_BITS if bits is None else bits for bits in rates]
+    cached = {bits: cache_folder() / _file_name(name, bits) for bits in wanted}
+    missing = [bits for bits, path in cached.items() if not path.is_file()]
+    for bits in missing:
+        path = cached[bits]
         goal = "without loss" if bits == "lossless" else f"to {bits:g} bit/weight"
-        print(f"converting {model} {goal}, once: {cached}", file=sys.stderr)
-        convert(open_source(model), cached, bits, text=QUICK, progress=progress)
-    return cached
+        print(f"converting {model} {goal}, once: {path}", file=sys.stderr)
+        keep = bits != missing[-1]
+        source = open_source(model)
+        convert(source, path, bits, text=QUICK, progress=progress, keep_calibration=keep)
+    return [cached[bits] for bits in wanted]
+
+
+def _file_name(name: str, bits: Bits) -> str:
+    rate = bits if bits == "lossless" else f"{bits:g}bit"
+    return f"{name}-{rate}-v{RECIPE_VERSION}.safetensors"
 
 
 def is_weights_file(model: str | Path) -> bool:

@@ -22,17 +22,17 @@ from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
 from codec.lossless import AnyMatrix, LosslessMatrix, decode_lossless, encode_lossless
-from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
+from codec.matrix import CodedMatrix, decode_matrix
 from engine.errors import EngineError, WeightsError
 from engine.tokenizer import Tokenizer
 from weights import layout
-from weights.calibration.calibration import calibrate
+from weights.calibration.calibration import Calibration, calibrate
 from weights.calibration.sample import sample_tokens
 from weights.calibration.text import read_windows
 from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, format_file
 from weights.parallel import in_order
-from weights.quantizers import Plain, Quantizer, Whitened, read_fused
+from weights.quantizers import Plain, Quantizer, Whitened, code, read_fused
 from weights.rates import check_rates, find_constants
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
@@ -70,6 +70,7 @@ def convert(
     log2_states: int = DEFAULT_LOG2_STATES,
     text: CalibrationText = FULL,
     progress: bool = True,
+    keep_calibration: bool = False,
 ) -> list[MatrixReport]:
     """Write `source` to the file `out`, which appears whole or not at all; returns what it cost.
 
@@ -78,7 +79,8 @@ def convert(
     it an embedding that is not the head), or where `embed_bits` is given, embedding and head take
     that many, by default `bits` but at least LEAST_EMBED_BITS, and `bits` are those of the blocks.
     With "lossless" every weight stays the float32 that the source gives, bit for bit. `progress`
-    shows a bar on a terminal.
+    shows a bar on a terminal. A calibration is removed when the file is there, unless
+    `keep_calibration`; one that was stopped, or is still there, is carried on.
     WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written;
     EngineError: a calibration text that cannot be used.
     """
@@ -91,11 +93,13 @@ def convert(
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     # A thread works on its own matrix: products that are threaded too would wait for cores.
     with bar, threadpool_limits(1, "blas"):
+        calibration = None
         if bits == "lossless":
             quantizer: Quantizer = Plain(source)
             encode: Encode = partial(_encode_lossless, source, log2_states)
         else:
-            quantizer = _quantizer(source, text, bar)
+            calibration = _calibration(source, text, bar)
+            quantizer = Whitened(source, calibration) if calibration else Plain(source)
             measured = bar.track(
                 in_order(quantizer.histogram, matrices),
                 total=len(matrices),
@@ -122,12 +126,14 @@ def convert(
             chat_template=source.chat_template,
             source=source.name,
         )
+    if calibration and not keep_calibration:
+        calibration.remove()
     return reports
 
 
-def _quantizer(source: Source, text: CalibrationText, bar: Progress) -> Quantizer:
+def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibration | None:
     if text.tokens == 0:
-        return Plain(source)
+        return None
 
     def shown(description: str) -> Callable[[int, int], None]:
         task = bar.add_task(description)
@@ -141,18 +147,13 @@ def _quantizer(source: Source, text: CalibrationText, bar: Progress) -> Quantize
         encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
         tokens = read_windows(text.file, encode, n_windows, length)
     folder = cache_folder() / "calibration"
-    calibration = calibrate(source, tokens, folder, progress=shown("calibrating"))
-    return Whitened(source, calibration)
+    return calibrate(source, tokens, folder, progress=shown("calibrating"))
 
 
 def _encode(
     quantizer: Quantizer, constants: Mapping[str, float], log2_states: int, matrix: layout.Matrix
 ) -> tuple[CodedMatrix, MatrixReport]:
-    try:
-        q, scale = quantizer.integers(matrix, constants[matrix.name])
-        coded = encode_matrix(q, scale, log2_states)
-    except ValueError as error:
-        raise WeightsError(f"{matrix.name}: {error}") from None
+    q, coded = code(quantizer, matrix, constants[matrix.name], log2_states)
     # What is written is never looked at again until it is used, perhaps years later.
     if not np.array_equal(decode_matrix(coded), q):
         raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
@@ -222,6 +223,11 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="how much of it; 0 quantizes without (default %(default)s)",
     )
+    parser.add_argument(
+        "--keep-calibration",
+        action="store_true",
+        help="do not delete what was learnt: the next conversion of this model begins with it",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
     options = parser.parse_args(arguments)
     try:
@@ -233,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.log2_states,
             CalibrationText(options.calibration_tokens, options.calibration),
             progress=not options.quiet,
+            keep_calibration=options.keep_calibration,
         )
         if not options.quiet:
             print(format_file(WeightsFile.open(options.out), reports))

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from codec.matrix import CodedMatrix, encode_matrix
 from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
 from codec.scale import ScaleLog2, to_scale
 from codec.whiten import quantize_whitened
@@ -63,7 +64,7 @@ class Plain:
         return quantize(w, scale), scale
 
     def vector(self, name: str) -> Array:
-        return read_finite(self._source, name)
+        return self._source.read(name)
 
 
 class Whitened:
@@ -98,7 +99,7 @@ class Whitened:
         return q, scale
 
     def vector(self, name: str) -> Array:
-        return self._equalized.vector(name, read_finite(self._source, name))
+        return self._equalized.vector(name, self._source.read(name))
 
     def _read(self, matrix: layout.Matrix) -> Array:
         w = read_fused(self._source, matrix)
@@ -106,19 +107,18 @@ class Whitened:
         return w
 
 
+def code(
+    quantizer: Quantizer, matrix: layout.Matrix, c: float, log2_states: int, every: int = 1
+) -> tuple[npt.NDArray[np.int32], CodedMatrix]:
+    """The integers of the rows 0, every, 2 every, ... and their code."""
+    try:
+        q, scale = quantizer.integers(matrix, c, every)
+        return q, encode_matrix(q, scale, log2_states)
+    except ValueError as error:
+        raise WeightsError(f"{matrix.name}: {error}") from None
+
+
 def read_fused(source: Source, matrix: layout.Matrix) -> Array:
     """The source's tensors stacked to (rows, cols)."""
-    parts = [read_finite(source, name) for name, _ in matrix.parts]
+    parts = [source.read(name) for name, _ in matrix.parts]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def read_finite(source: Source, name: str) -> Array:
-    """A tensor of the source; WeightsError if it has a number that is none."""
-    values = source.tensors[name].read()
-    if not np.isfinite(values).all():
-        bad = np.unravel_index(np.argmin(np.isfinite(values)), values.shape)
-        at = ", ".join(map(str, bad))
-        raise WeightsError(
-            f"{source.name}: {name}[{at}] is {values[bad]}; the source model is damaged"
-        )
-    return values

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from codec.matrix import encode_matrix
 from codec.quantize import Histogram, bisect_constant, predicted_bits
 from engine.errors import WeightsError
 from weights import layout
 from weights.parallel import in_order
-from weights.quantizers import Quantizer
+from weights.quantizers import Quantizer, code
 
 # Of an embedding and a head whose errors' worth is not known. For the default model at 5 bits,
 # uncalibrated, 6 here cost a twentieth of the divergence that the blocks cost.
@@ -79,8 +78,7 @@ def _saved(
 
         def taken(i: int) -> float:
             every = max(1, matrices[i].rows // _PROBE_ROWS)
-            coded = encode_matrix(*quantizer.integers(matrices[i], c, every), log2_states)
-            return coded.bits_per_weight
+            return code(quantizer, matrices[i], c, log2_states, every)[1].bits_per_weight
 
         rounded = [
             predicted_bits(histograms[i], c, log2_states)

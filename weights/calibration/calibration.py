@@ -8,14 +8,16 @@ complete is in a file, so the work goes on where it ended, whatever ended it.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +47,6 @@ class Calibration:
     """A finished calibration in its folder; statistics are read when they are asked for."""
 
     folder: Path
-    token_counts: npt.NDArray[np.int64]  # (vocab_size,): how often each was an input
 
     def matrix(self, name: str) -> MatrixStatistics:
         """Of a matrix of weights/layout.py; an untied embedding multiplies nothing and has none.
@@ -55,19 +56,18 @@ class Calibration:
         path = self.folder / _result_name(name)
         try:
             with np.load(path) as file:
-                weighted = f"{name}.weighted_hessian"
-                return MatrixStatistics(
-                    hessian=file[f"{name}.hessian"],
-                    gradient=file[f"{name}.gradient"],
-                    weighted_hessian=file[weighted] if weighted in file else None,
-                    mean_input=file[f"{name}.mean_input"],
-                )
+                hessian = _symmetric(file[f"{name}.hessian"])
+                return MatrixStatistics(hessian, file[f"{name}.gradient"])
         except FileNotFoundError:
             raise KeyError(name) from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise EngineError(
                 f"{path}: cannot be read ({error}); delete the folder to calibrate again"
             ) from None
+
+    def remove(self) -> None:
+        """Delete the folder, as far as that can be done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def calibrate(
@@ -76,17 +76,13 @@ def calibrate(
     work_dir: str | Path,
     *,
     seed: int = 0,
-    weighted: bool = False,
-    gradient_from: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Statistics of every matrix over `tokens` (n_windows, length), windows that start at 0 each.
 
-    They lie in a folder of `work_dir` whose name tells source, tokens and options; if it is there
-    already, only what it lacks is computed. `seed` draws the labels of the loss; `weighted` adds
-    the second Hessian; the blocks' `gradient` counts a window's positions from `gradient_from` on:
-    everything attends to the first position, which so has most of it in many blocks.
-    Disk: one (tokens, dim) array per block on the way, the Hessians in the end.
+    They lie in a folder of `work_dir` whose name tells source, tokens and seed; if it is there
+    already, only what it lacks is computed. `seed` draws the labels of the loss.
+    Disk: one (tokens, dim) array per block on the way, half of each Hessian in the end.
     EngineError: the folder cannot be written, a file in it or the model is damaged.
     """
     n_windows, length = tokens.shape
@@ -95,32 +91,22 @@ def calibrate(
         raise ValueError(f"{n_windows} windows of {length} tokens; at most {c.max_seq_len} work")
     if tokens.min() < 0 or tokens.max() >= c.vocab_size:
         raise ValueError(f"a token is outside the vocabulary of {c.vocab_size}")
-    if not 0 <= gradient_from < length:
-        raise ValueError(f"no position of {length} is left from {gradient_from} on")
-    options = (seed, weighted, gradient_from)
-    folder = Path(work_dir) / _identity(source, tokens, options)
+    folder = Path(work_dir) / _identity(source, tokens, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A thread works on its own windows: products that are threaded too would wait for cores.
         with threadpool_limits(1, "blas"):
-            for done in _run(source, tokens, folder, *options):
+            for done in _run(source, tokens, folder, seed):
                 if progress is not None:
                     progress(done, 2 * c.n_layers + 1)
     except OSError as error:
         raise EngineError(
             f"{folder}: the calibration cannot be kept there ({error.strerror or error})"
         ) from None
-    return Calibration(folder, np.bincount(tokens.reshape(-1), minlength=c.vocab_size))
+    return Calibration(folder)
 
 
-def _run(
-    source: Source,
-    tokens: Tokens,
-    folder: Path,
-    seed: int,
-    weighted: bool,
-    gradient_from: int,
-) -> Iterator[int]:
+def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[int]:
     """Does what is not done yet; after each step, how many are.
 
     State on disk: `input-i` is block i's input, and that of the head for i = n_layers; `gradient-i`
@@ -138,7 +124,7 @@ def _run(
     if n_results == 0:
         n_inputs = sum(path.exists() for path in inputs)
         if n_inputs == 0:
-            table = source.tensors[f"{layout.EMBEDDING}.weight"].read()
+            table = source.read(f"{layout.EMBEDDING}.weight")
             _save_array(inputs[0], embed(table, tokens.T))  # (length, n_windows, dim)
             del table
             n_inputs = 1
@@ -155,10 +141,10 @@ def _run(
 
         yield c.n_layers
         uniform = np.random.default_rng(seed).random(tokens.T.shape)
-        norm = source.tensors["model.norm.weight"].read()
-        head = source.tensors[f"{head_name}.weight"].read()
+        norm = source.read("model.norm.weight")
+        head = source.read(f"{head_name}.weight")
         x = _load_array(inputs[-1])
-        found, dx = head_statistics(c, norm, head, x, uniform, weighted)
+        found, dx = head_statistics(c, norm, head, x, uniform)
         _save_array(gradients[-1], dx)
         _save_result(folder / _result_name(head_name), {head_name: found})
         del norm, head, x, dx, found
@@ -168,7 +154,7 @@ def _run(
         yield 2 * c.n_layers - i
         layer = Layer.read(source, i)
         x, dy = _load_array(inputs[i]), _load_array(gradients[i + 1])
-        by_matrix, dx = layer_statistics(c, layer, x, dy, weighted, gradient_from)
+        by_matrix, dx = layer_statistics(c, layer, x, dy)
         _save_array(gradients[i], dx)
         path = folder / f"layer-{i}.npz"
         named = {
@@ -185,14 +171,14 @@ def _run(
     yield 2 * c.n_layers + 1
 
 
-def _identity(source: Source, tokens: Tokens, options: tuple[int, bool, int]) -> str:
+def _identity(source: Source, tokens: Tokens, seed: int) -> str:
     """16 hexadecimal digits that change with whatever the statistics depend on.
 
     Of the weights, all norms and the last block's matrices are looked at: training moves them all.
     """
     c = source.config
     digest = hashlib.sha256()
-    facts = (RECIPE_VERSION, source.name, c.to_json(), tokens.shape, *options)
+    facts = (RECIPE_VERSION, source.name, c.to_json(), tokens.shape, seed)
     digest.update(repr(facts).encode())
     digest.update(np.ascontiguousarray(tokens, np.int64).data)
     last = f"model.layers.{c.n_layers - 1}."
@@ -208,14 +194,26 @@ def _result_name(matrix: str) -> str:
 
 
 def _save_result(path: Path, by_matrix: Mapping[str, MatrixStatistics]) -> None:
-    arrays = {
-        f"{name}.{field}": values
-        for name, found in by_matrix.items()
-        for field, values in vars(found).items()
-        if values is not None
-    }
+    arrays: dict[str, Any] = {}
+    for name, found in by_matrix.items():
+        arrays[f"{name}.hessian"] = found.hessian[_upper(len(found.hessian))]
+        arrays[f"{name}.gradient"] = found.gradient
     with _replacing(path) as file:
         np.savez(file, **arrays)
+
+
+def _symmetric(packed: Floats) -> Floats:
+    """The matrix of which `packed` is the upper triangle, row by row."""
+    n = (math.isqrt(8 * packed.size + 1) - 1) // 2
+    matrix, upper = np.empty((n, n), packed.dtype), _upper(n)
+    matrix[upper] = packed
+    matrix.T[upper] = packed
+    return matrix
+
+
+def _upper(n: int) -> npt.NDArray[np.bool_]:
+    """(n, n): true on the diagonal and above."""
+    return ~np.tri(n, k=-1, dtype=bool)
 
 
 def _save_array(path: Path, values: Floats) -> None:

@@ -46,7 +46,7 @@ class Layer:
         """From the source, tensor by tensor."""
 
         def stacked(*names: str) -> Floats:
-            parts = [source.tensors[f"model.layers.{index}.{name}.weight"].read() for name in names]
+            parts = [source.read(f"model.layers.{index}.{name}.weight") for name in names]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
         return cls(

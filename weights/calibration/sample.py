@@ -115,14 +115,12 @@ class DenseLlama:
 
     @classmethod
     def read(cls, source: Source) -> Self:
-        embedding = source.tensors[f"{EMBEDDING}.weight"].read()
+        embedding = source.read(f"{EMBEDDING}.weight")
         return cls(
             layers=[Layer.read(source, i) for i in range(source.config.n_layers)],
-            norm=source.tensors["model.norm.weight"].read(),
+            norm=source.read("model.norm.weight"),
             embedding=embedding,
-            head=embedding
-            if source.config.tie_embeddings
-            else source.tensors[f"{HEAD}.weight"].read(),
+            head=embedding if source.config.tie_embeddings else source.read(f"{HEAD}.weight"),
         )
 
 

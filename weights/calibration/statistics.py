@@ -34,15 +34,10 @@ _THREADS = 4  # each with a chunk and its Hessians
 
 @dataclass(frozen=True)
 class MatrixStatistics:
-    """Of one matrix y = W x, (rows, cols), over the tokens t of the calibration text.
-
-    The weighted Hessian is there if it was asked for: sum w x x^T / sum w with w = |dL/dy|^2.
-    """
+    """Of one matrix y = W x, (rows, cols), over the tokens of the calibration text."""
 
     hessian: Floats  # (cols, cols): mean of x x^T
     gradient: Floats  # (rows,): root mean square of dL/dy
-    weighted_hessian: Floats | None  # (cols, cols)
-    mean_input: Floats  # (cols,): mean of x
 
 
 def forward_layer(c: ModelConfig, layer: Layer, x: Floats) -> Floats:
@@ -58,7 +53,7 @@ def forward_layer(c: ModelConfig, layer: Layer, x: Floats) -> Floats:
 
 
 def head_statistics(
-    c: ModelConfig, norm: Floats, head: Floats, x: Floats, uniform: Floats, weighted: bool = False
+    c: ModelConfig, norm: Floats, head: Floats, x: Floats, uniform: Floats
 ) -> tuple[MatrixStatistics, Floats]:
     """The last residual (length, n_windows, dim) -> statistics of the head, dL/dx.
 
@@ -72,9 +67,7 @@ def head_statistics(
         xn = rms_norm(flat_x[part], norm, c.norm_eps)
         p = softmax(matvec(head, xn))
         labels = draw(p, flat_uniform[part])
-        spread = p * (1 - p)
-        sums = _Sums.of(xn, spread.sum(axis=0), spread.sum(axis=1), len(xn), weighted)
-        del spread
+        sums = _Sums.of(xn, np.einsum("tr,tr->r", p, 1 - p))
         p[np.arange(len(p)), labels] -= 1  # softmax and cross entropy: dL/dlogits = p - onehot
         flat_dx[part] = rms_norm_backward(flat_x[part], norm, c.norm_eps, p @ head)
         return sums
@@ -85,17 +78,11 @@ def head_statistics(
 
 
 def layer_statistics(
-    c: ModelConfig,
-    layer: Layer,
-    x: Floats,
-    dy: Floats,
-    weighted: bool = False,
-    gradient_from: int = 0,
+    c: ModelConfig, layer: Layer, x: Floats, dy: Floats
 ) -> tuple[dict[str, MatrixStatistics], Floats]:
     """A block's input and dL/d(its output), (length, n_windows, dim) -> statistics, dL/dx.
 
-    The statistics are by the name of the `Layer`'s matrix. `gradient` counts the positions from
-    `gradient_from` on.
+    The statistics are by the name of the `Layer`'s matrix.
     """
     dx = np.empty(x.shape, x.dtype)
 
@@ -104,12 +91,15 @@ def layer_statistics(
         a = recompute(c, layer, _tokens(part), part.shape[1])
         d = backward(c, layer, a, _tokens(d_part))
         dx[:, windows] = d.x.reshape(part.shape)
-        first = gradient_from * part.shape[1]
+        products = {
+            "qkv_proj": (a.xn, d.qkv_proj),
+            "o_proj": (a.attn, d.o_proj),
+            "gate_up_proj": (a.xn_mid, d.gate_up_proj),
+            "down_proj": (a.hidden, d.down_proj),
+        }
         return {
-            "qkv_proj": _Sums.of_products(a.xn, d.qkv_proj, first, weighted),
-            "o_proj": _Sums.of_products(a.attn, d.o_proj, first, weighted),
-            "gate_up_proj": _Sums.of_products(a.xn_mid, d.gate_up_proj, first, weighted),
-            "down_proj": _Sums.of_products(a.hidden, d.down_proj, first, weighted),
+            name: _Sums.of(of_x, np.einsum("tr,tr->r", of_y, of_y))
+            for name, (of_x, of_y) in products.items()
         }
 
     def merge(one: dict[str, _Sums], other: dict[str, _Sums]) -> dict[str, _Sums]:
@@ -123,62 +113,31 @@ def layer_statistics(
 class _Sums:
     """Over tokens, what one matrix's statistics follow from.
 
-    Hessians in the type of the activations: they will be damped by 1e-3 of their diagonal, against
-    which the rounding of float32 sums over chunks, 1e-6 or so, is nothing.
+    Hessians in the type of the activations: they will be damped by a few hundredths of their
+    diagonal, against which the rounding of float32 sums over chunks, 1e-6 or so, is nothing.
     """
 
     n: int
     xx: Floats  # (cols, cols)
-    x: npt.NDArray[np.float64]  # (cols,)
-    n_energy: int  # tokens whose gradient counts
     energy: npt.NDArray[np.float64]  # (rows,): of (dL/dy)^2
-    weight: float
-    weighted_xx: Floats | None  # (cols, cols)
 
     @classmethod
-    def of_products(cls, x: Floats, dy: Floats, first: int, weighted: bool) -> Self:
-        """x (tokens, cols) and dL/dy (tokens, rows); `energy` is of the tokens from `first` on."""
-        counted = dy[first:]
-        rows_energy = np.einsum("tr,tr->r", counted, counted)
-        return cls.of(x, rows_energy, np.einsum("tr,tr->t", dy, dy), len(counted), weighted)
-
-    @classmethod
-    def of(
-        cls, x: Floats, rows_energy: Floats, tokens_energy: Floats, n_energy: int, weighted: bool
-    ) -> Self:
-        """x (tokens, cols), squared gradients summed over tokens (rows,) and rows (tokens,)."""
-        scaled = x * np.sqrt(tokens_energy)[:, None] if weighted else None
-        return cls(
-            n=len(x),
-            xx=x.T @ x,
-            x=x.sum(axis=0, dtype=np.float64),
-            n_energy=n_energy,
-            energy=rows_energy.astype(np.float64),
-            weight=float(tokens_energy.sum()),
-            weighted_xx=None if scaled is None else scaled.T @ scaled,
-        )
+    def of(cls, x: Floats, energy: Floats) -> Self:
+        """x (tokens, cols) and the squared gradients summed over tokens (rows,)."""
+        return cls(len(x), x.T @ x, energy.astype(np.float64))
 
     def merge(self, other: _Sums) -> Self:
         """Adds the other's to these, in place."""
         self.n += other.n
         self.xx += other.xx
-        self.x += other.x
-        self.n_energy += other.n_energy
         self.energy += other.energy
-        self.weight += other.weight
-        if self.weighted_xx is not None and other.weighted_xx is not None:
-            self.weighted_xx += other.weighted_xx
         return self
 
     def statistics(self) -> MatrixStatistics:
         dtype = self.xx.dtype
         return MatrixStatistics(
             hessian=self.xx / dtype.type(self.n),
-            gradient=np.sqrt(self.energy / self.n_energy).astype(dtype),
-            weighted_hessian=None
-            if self.weighted_xx is None
-            else self.weighted_xx / dtype.type(self.weight),
-            mean_input=(self.x / self.n).astype(dtype),
+            gradient=np.sqrt(self.energy / self.n).astype(dtype),
         )
 
 

@@ -34,6 +34,17 @@ class Source:
     tokenizer_json: bytes
     chat_template: str | None
 
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor; WeightsError if it has a number that is none."""
+        values = self.tensors[name].read()
+        if not np.isfinite(values).all():
+            bad = np.unravel_index(np.argmin(np.isfinite(values)), values.shape)
+            at = ", ".join(map(str, bad))
+            raise WeightsError(
+                f"{self.name}: {name}[{at}] is {values[bad]}; the source model is damaged"
+            )
+        return values
+
     def __post_init__(self) -> None:
         expected = source_shapes(self.config)
         # First what is too much: another architecture also explains what is missing.
