@@ -32,14 +32,14 @@ from weights.calibration.text import read_windows
 from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, format_file
 from weights.parallel import in_order
-from weights.quantizers import Plain, Quantizer, Whitened, code, read_fused
+from weights.quantizers import Plain, Quantizer, Whitened, code, measure, read_fused
 from weights.rates import check_rates, find_constants
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
 Bits = float | Literal["lossless"]  # stored per weight
@@ -101,7 +101,7 @@ def convert(
             calibration = _calibration(source, text, bar)
             quantizer = Whitened(source, calibration) if calibration else Plain(source)
             measured = bar.track(
-                in_order(quantizer.histogram, matrices),
+                in_order(partial(measure, quantizer), matrices),
                 total=len(matrices),
                 description="measuring",
             )

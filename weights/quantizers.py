@@ -107,6 +107,13 @@ class Whitened:
         return w
 
 
+def measure(quantizer: Quantizer, matrix: layout.Matrix) -> Histogram:
+    try:
+        return quantizer.histogram(matrix)
+    except ValueError as error:
+        raise WeightsError(f"{matrix.name}: {error}") from None
+
+
 def code(
     quantizer: Quantizer, matrix: layout.Matrix, c: float, log2_states: int, every: int = 1
 ) -> tuple[npt.NDArray[np.int32], CodedMatrix]:
