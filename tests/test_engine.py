@@ -568,7 +568,7 @@ def test_buffers_above_the_binding_limit_are_split_by_rows(
     weights, ids = files["awkward tied"], [0, 300, 31, 7, 299, 150, 151, 256, 64]
     whole = open_engine("software", "awkward tied").logits(ids)
     device = open_device("software")
-    device.max_binding_bytes = 1 << 14  # the size of a decode table
+    device.max_binding_bytes = 1 << 14
     engine = Engine(weights, device, exact=True, context=64)
     assert len(engine._model.embed_tokens.parts) > 1
     assert np.array_equal(engine.logits(ids), whole)

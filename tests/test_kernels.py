@@ -113,12 +113,15 @@ MATRICES = [
     (100, 70, 6.0, 11),
     (33, 1030, 15.0, 12),
     (1, 2, 25.0, 11),
-    (40, 130, 40.0, 12),
+    (40, 130, 90.0, 12),
+    (300, 333, 0.3, 11),
 ]
 
 
-def test_matrices_cover_every_number_of_raw_bits(rng: np.random.Generator) -> None:
-    assert {coded(rng, *matrix).raw_bits for matrix in MATRICES} == {0, 1, 2, 3, 4}
+def test_matrices_cover_every_number_of_raw_bits_and_several_classes() -> None:
+    every = [coded(np.random.default_rng(7), *matrix) for matrix in MATRICES]
+    assert {m.raw_bits for m in every} == {0, 1, 2, 3, 4}
+    assert [m.n_classes for m in every] == [1, 2, 1, 2, 1, 1, 5]
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
@@ -175,11 +178,11 @@ def test_matvec_kernels_agree_bit_for_bit(
 def test_matvec_in_parts_equals_whole(
     kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    m = coded(rng, 1500, 331, 3.0, 12)
+    m = coded(rng, 400, 331, 3.0, 12)
     assert m.n_classes > 1
     a, _ = digit_activations(rng, kernels.device, tokens, 1, m.cols)
     results, parts = [], []
-    for limit in (kernels.device.max_binding_bytes, 70_000):
+    for limit in (kernels.device.max_binding_bytes, 20_000):
         monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
         gpu = GpuMatrix(kernels, "w", m)
         monkeypatch.undo()
@@ -241,11 +244,11 @@ def test_embed_in_parts_equals_whole(
     kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, whole_rows: bool
 ) -> None:
     monkeypatch.setattr(kernels.device, "software", whole_rows)
-    m = coded(rng, 1500, 331, 3.0, 11)
+    m = coded(rng, 400, 331, 3.0, 11)
     tokens = rng.integers(0, m.rows, MAX_TOKENS)
     state = kernels.device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
     results, parts = [], []
-    for limit in (kernels.device.max_binding_bytes, 70_000):
+    for limit in (kernels.device.max_binding_bytes, 20_000):
         monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
         gpu = GpuMatrix(kernels, "w", m)
         parts.append(len(gpu.parts))
