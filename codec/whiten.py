@@ -52,15 +52,19 @@ def unit_steps(u: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
     return units
 
 
-def quantize_whitened(w: Array, u: Floats, steps: Array) -> npt.NDArray[np.int32]:
+def quantize_whitened(
+    w: Array, u: Floats, steps: Array, sparsity: float = 0.0
+) -> npt.NDArray[np.int32]:
     """w (rows, cols), U, steps (rows,) -> integers (rows, cols); a step of 0 gives zeros.
 
     Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
-    error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding.
+    error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding. Before that a
+    share `sparsity` of the weights, those whose loss adds least, becomes zero: chosen among _BLOCK
+    columns when the sweep comes to them (SparseGPT, Frantar & Alistarh 2023).
     """
     divisors = np.where(steps > 0, steps, np.inf).astype(np.float32)
     z: Array = np.divide(w.T, divisors, order="C")
-    q = _sweep(z, u, _bits(z))
+    q = _sweep(z, u, _bits(z), sparsity)
     return np.ascontiguousarray(q.T)
 
 
@@ -73,7 +77,7 @@ def _bits(z: Array) -> Array:
     return bits
 
 
-def _sweep(z: Array, u: Floats, bits: Array) -> npt.NDArray[np.int32]:
+def _sweep(z: Array, u: Floats, bits: Array, sparsity: float) -> npt.NDArray[np.int32]:
     """z (cols, rows), used up -> integers (cols, rows)."""
     cols, rows = z.shape
     q = np.empty((cols, rows), np.int32)
@@ -85,8 +89,14 @@ def _sweep(z: Array, u: Floats, bits: Array) -> npt.NDArray[np.int32]:
     for begin in range(0, cols, _BLOCK):
         end = min(begin + _BLOCK, cols)
         errors = np.empty((end - begin, rows), np.float32)
+        pruned = None
+        if sparsity > 0:
+            loss = z[begin:end] ** 2 * weight[begin:end, None].astype(np.float32)
+            pruned = loss <= np.quantile(loss, sparsity)
         for j in range(begin, end):
             chosen = _round(z[j], prices[:, j])
+            if pruned is not None:
+                chosen[pruned[j - begin]] = 0
             q[j] = chosen
             error = np.subtract(z[j], chosen, out=errors[j - begin])
             if j + 1 < end:

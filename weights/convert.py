@@ -69,6 +69,7 @@ def convert(
     embed_bits: float | None = None,
     log2_states: int = DEFAULT_LOG2_STATES,
     text: CalibrationText = FULL,
+    sparsity: float = 0.0,
     progress: bool = True,
     keep_calibration: bool = False,
 ) -> list[MatrixReport]:
@@ -78,6 +79,7 @@ def convert(
     errors are worth. Where that is not known (without calibration the embedding and the head, with
     it an embedding that is not the head), or where `embed_bits` is given, embedding and head take
     that many, by default `bits` but at least LEAST_EMBED_BITS, and `bits` are those of the blocks.
+    A share `sparsity` of the blocks' weights is set to zero first, which needs a calibration.
     With "lossless" every weight stays the float32 that the source gives, bit for bit. `progress`
     shows a bar on a terminal. A calibration is removed when the file is there, unless
     `keep_calibration`; one that was stopped, or is still there, is carried on.
@@ -87,8 +89,14 @@ def convert(
     if bits == "lossless":
         if embed_bits is not None:
             raise WeightsError(f"embed-bits is {embed_bits:g}, but lossless holds for all matrices")
+        if sparsity:
+            raise WeightsError(f"sparsity is {sparsity:g}, but lossless keeps all weights")
     else:
         check_rates(bits, embed_bits)
+    if not 0 <= sparsity < 1:
+        raise WeightsError(f"sparsity is {sparsity:g}, expected 0 to less than 1")
+    if sparsity and text.tokens == 0:
+        raise WeightsError("sparsity needs a calibration: which weights matter is not known")
     matrices = layout.matrices(source.config)
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     # A thread works on its own matrix: products that are threaded too would wait for cores.
@@ -99,7 +107,9 @@ def convert(
             encode: Encode = partial(_encode_lossless, source, log2_states)
         else:
             calibration = _calibration(source, text, bar)
-            quantizer = Whitened(source, calibration) if calibration else Plain(source)
+            quantizer = Plain(source)
+            if calibration:
+                quantizer = Whitened(source, calibration, sparsity)
             measured = bar.track(
                 in_order(partial(measure, quantizer), matrices),
                 total=len(matrices),
@@ -204,6 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="the same of the embedding and the head alone (default: what they are worth)",
     )
     parser.add_argument(
+        "--sparsity",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="share of the blocks' weights to set to zero first, 0 to 1 (default %(default)g)",
+    )
+    parser.add_argument(
         "--log2-states",
         type=int,
         choices=(11, 12),
@@ -238,6 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.embed_bits,
             options.log2_states,
             CalibrationText(options.calibration_tokens, options.calibration),
+            options.sparsity,
             progress=not options.quiet,
             keep_calibration=options.keep_calibration,
         )

@@ -70,8 +70,10 @@ class Plain:
 class Whitened:
     """Whitened steps on equalised matrices; a matrix without statistics is treated as by Plain."""
 
-    def __init__(self, source: Source, calibration: Calibration) -> None:
+    def __init__(self, source: Source, calibration: Calibration, sparsity: float = 0.0) -> None:
+        """`sparsity`: the share of the blocks' weights to be pruned."""
         self._source = source
+        self._sparsity = sparsity
         self._tied = source.config.tie_embeddings
         self._plain = Plain(source)
         self._equalized = Equalized(source.config, calibration)
@@ -95,7 +97,8 @@ class Whitened:
             return self._plain.integers(matrix, c, every)
         scale = row_steps(whitening.unit_steps[::every], c)
         w = self._read(matrix)[::every]
-        q = quantize_whitened(w, whitening.inverse_factor, to_scale(scale))
+        sparsity = self._sparsity if matrix.in_block else 0.0
+        q = quantize_whitened(w, whitening.inverse_factor, to_scale(scale), sparsity)
         return q, scale
 
     def vector(self, name: str) -> Array:
