@@ -266,7 +266,7 @@ def test_parts_that_do_nothing_do_no_harm(tmp_path: Path, kill: partial[None]) -
     convert(source, tmp_path / "out", 6, text=SAMPLED)
     file = WeightsFile.open(tmp_path / "out")
     assert 5.8 < file.bits_per_weight(block_only=False) < 6.05  # the probes' trials are but two
-    assert kl(tmp_path / "out", source) < 0.01
+    assert kl(tmp_path / "out", source) < 0.05
 
 
 def test_inputs_that_are_always_zero_do_no_harm(tmp_path: Path) -> None:
@@ -277,4 +277,4 @@ def test_inputs_that_are_always_zero_do_no_harm(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][::7] = 0
     source = source_of(tmp_path, WIDE, tensors)
     convert(source, tmp_path / "out", 6, text=SAMPLED)
-    assert kl(tmp_path / "out", source) < 0.01
+    assert kl(tmp_path / "out", source) < 0.05
