@@ -150,8 +150,7 @@ class GpuMatrix:
 
         if self.whole_rows:  # as much as matvec_rows declares
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
-        usage = STORAGE | UNIFORM if self.whole_rows else STORAGE
-        self.table = device.upload(f"{name}.table", tables, usage)
+        self.table = device.upload(f"{name}.table", tables, STORAGE | UNIFORM)
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
         self.interleave = _SOFTWARE_LANES if self.whole_rows else 1
         self._order = classes.device_order(m.classes)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_model import CHAT_TEMPLATE, CONFIG, random_tensors, tokenizer_json, write_hf_folder
+from tiny_model import CONFIG, random_tensors, write_hf_folder
 
 from engine.errors import EngineError
 from model.config import ModelConfig
@@ -63,59 +63,27 @@ def test_sampled_texts_follow_from_the_seed(tmp_path: Path) -> None:
     assert not np.array_equal(sample_tokens(source, 5, 23, seed=4), tokens)
 
 
-def test_sampled_texts_are_chats_and_documents(tmp_path: Path) -> None:
+def test_sampling_tells_its_progress(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    source = tiny_source(tmp_path, CONFIG)
-    tokens = sample_tokens(source, 8, 60, progress=lambda *step: steps.append(step))
-    assert steps == [(pos, 60) for pos in range(1, 61)]
-    assert tokens[:, 0].tolist() == [USER, BOS] * 4
-    documents = tokens[1::2]
-    ends = np.argwhere(documents[:, :-1] == EOS)
-    assert len(ends) > 0
-    for text, pos in ends:
-        assert documents[text, pos + 1] == BOS
+    sample_tokens(tiny_source(tmp_path, CONFIG), 3, 20, progress=lambda *step: steps.append(step))
+    assert steps == [(pos, 20) for pos in range(2, 21)]
 
 
 @pytest.mark.parametrize(
-    ("template", "bos", "eos", "opening"),
+    ("bos", "eos", "opening"),
     [
-        (None, BOS, (EOS,), BOS),  # no template: documents alone
-        (CHAT_TEMPLATE.replace("message['content']", "'x'"), None, (EOS,), EOS),
-        ("{{ raise_exception('no') }}", BOS, (), BOS),
-        (None, None, (), None),  # nothing marks a beginning
+        (BOS, (EOS,), BOS),
+        (None, (EOS, USER), EOS),
+        (None, (), None),  # nothing marks a beginning
     ],
 )
 def test_sampling_begins_with_what_the_model_has(
-    tmp_path: Path,
-    template: str | None,
-    bos: int | None,
-    eos: tuple[int, ...],
-    opening: int | None,
+    tmp_path: Path, bos: int | None, eos: tuple[int, ...], opening: int | None
 ) -> None:
     config = dataclasses.replace(CONFIG, bos_token_id=bos, eos_token_ids=eos)
-    source = dataclasses.replace(
-        tiny_source(tmp_path, CONFIG),
-        config=config,
-        tokenizer_json=tokenizer_json(),
-        chat_template=template,
-    )
+    source = dataclasses.replace(tiny_source(tmp_path, CONFIG), config=config)
     first = sample_tokens(source, 6, 3)[:, 0]
     assert (first == opening).all() if opening is not None else len(set(first)) > 1
-
-
-def test_end_of_text_separates_where_there_is_no_bos(tmp_path: Path) -> None:
-    source = dataclasses.replace(
-        tiny_source(tmp_path, CONFIG),
-        config=dataclasses.replace(CONFIG, bos_token_id=None, eos_token_ids=tuple(range(1, 50))),
-        chat_template=None,
-    )
-    tokens = sample_tokens(source, 4, 60)
-    follows_eos = tokens[:, 1:][(tokens[:, :-1] > 1) & (tokens[:, :-1] < 50)]
-    assert len(follows_eos) > 50
-    # Every end but the first is followed by that one, which is followed by any of the 97 tokens.
-    assert (follows_eos == EOS).all()
-    follows_first = tokens[:, 1:][tokens[:, :-1] == EOS]
-    assert np.mean(follows_first == EOS) < 0.1
 
 
 def test_colder_sampling_is_likelier(tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from engine.errors import EngineError
-from engine.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.reference import Floats, Integers, embed, matvec, rms_norm
 from weights.calibration.layer import Layer, Product, activate, output
@@ -28,7 +26,6 @@ from weights.sources import Source
 Tokens = npt.NDArray[np.int64]
 
 _PART = 1 << 19  # weights; whatever the number of cores, so that roundings are the same
-_MARK = "<<content>>"  # where a user's text would begin
 
 
 def sample_tokens(
@@ -41,60 +38,31 @@ def sample_tokens(
 ) -> Tokens:
     """(n_sequences, length) tokens that the model writes; `progress(positions done, length)`.
 
-    Every other sequence begins as a chat up to where the user speaks, if there is a template, and
-    goes on with turns of its own; the others are documents, one after the other, after BOS or else
-    end of text. At temperature 1 the default model's chats are questions and answers on all sorts
-    of things, code among them, fluent but ever less sensible; its documents are like the web:
-    articles, stories, forums, lists, code, now and then a foreign language or a table of noise.
+    Every text begins after what separates texts in training, BOS or else end of text, and goes on
+    as the model likes, past an end of text too. At temperature 1 the default model writes questions
+    and answers on all sorts of things, articles, stories, lists and code, now and then a foreign
+    language or a table of noise. At 0.8 texts are smoother, and worse for calibration; so are chats
+    that the template opens, which begin all alike.
     """
     c = source.config
     rng = np.random.default_rng(seed)
-    document, chat = _document_opening(source), _chat_opening(source)
-    is_chat = [bool(chat) and i % 2 == 0 for i in range(n_sequences)]
-    forced = [list(chat if chats else document) for chats in is_chat]  # what is to come first
     tokens = np.empty((n_sequences, length), np.int64)
-    tokens[:, 0] = rng.integers(c.vocab_size, size=n_sequences)
+    separators = [c.bos_token_id, *c.eos_token_ids]
+    first = next((token for token in separators if token is not None), None)
+    tokens[:, 0] = rng.integers(c.vocab_size, size=n_sequences) if first is None else first
 
     uniform = rng.random((length, n_sequences))
     # A thread works on its own rows: products that are threaded too would wait for cores.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        model = BatchedLlama(
-            c, DenseLlama.read(source), n_sequences, length, partial(product, pool)
-        )
-        for pos in range(length):
-            if pos > 0:
-                logits = model.step(tokens[:, pos - 1])
-                logits /= temperature
-                tokens[:, pos] = draw(softmax(logits), uniform[pos])
-            for i, opening in enumerate(forced):
-                if opening:
-                    tokens[i, pos] = opening.pop(0)
-                elif tokens[i, pos] in c.eos_token_ids and not is_chat[i]:
-                    # Where end of text is what separates, it has been said.
-                    opening += [token for token in document if token != tokens[i, pos]]
+        spread = partial(product, pool)
+        model = BatchedLlama(c, DenseLlama.read(source), n_sequences, length, spread)
+        for pos in range(1, length):
+            logits = model.step(tokens[:, pos - 1])
+            logits /= temperature
+            tokens[:, pos] = draw(softmax(logits), uniform[pos])
             if progress is not None:
                 progress(pos + 1, length)
     return tokens
-
-
-def _document_opening(source: Source) -> list[int]:
-    """What separates texts in training: BOS, or else end of text; nothing if there is neither."""
-    c = source.config
-    return [c.bos_token_id] if c.bos_token_id is not None else list(c.eos_token_ids[:1])
-
-
-def _chat_opening(source: Source) -> list[int]:
-    """A chat up to where the user speaks; nothing without a template that allows it.
-
-    What follows the user's turn need not be forced: a model with a template knows how it goes on.
-    """
-    tokenizer = Tokenizer(source.tokenizer_json, source.chat_template, source.config)
-    try:
-        chat = tokenizer.chat_prompt([{"role": "user", "content": _MARK}], False)
-    except EngineError:
-        return []
-    before, mark, _ = chat.partition(_MARK)
-    return tokenizer.encode(before) if mark and before else []
 
 
 @dataclass(frozen=True)
