@@ -262,8 +262,11 @@ def test_embed_in_parts_equals_whole(
 def lossless(
     rng: np.random.Generator, rows: int, cols: int, mantissa_bits: int, log2_states: int
 ) -> LosslessMatrix:
-    """Zeros of both signs, subnormals, and weights far out on both sides, which are outliers."""
-    w = rng.laplace(size=(rows, cols)).astype(np.float32)
+    """Rows of several sizes, zeros of both signs, subnormals, and weights far out on both sides,
+    which are outliers.
+    """
+    of_row = 4.0 ** rng.integers(-1, 2, (rows, 1))
+    w = (rng.laplace(size=(rows, cols)) * of_row).astype(np.float32)
     w *= rng.choice(np.array([0, -0.0, 1, 1, 1, 1], np.float32), w.shape)
     w[-1, cols // 2 :] *= np.float32(1e-39)
     w[rows // 2, :1], w[rows // 3, -1:] = 1e9, -1e-30
@@ -279,12 +282,17 @@ LOSSLESS_MATRICES = [
     (33, 1030, 7, 12),
     (1, 2, 0, 11),
     (40, 130, 17, 11),
+    (200, 300, 7, 11),
 ]
 
 
 def test_lossless_matrices_have_outliers(rng: np.random.Generator) -> None:
     counts = [lossless(rng, *matrix).exponents.outliers.size for matrix in LOSSLESS_MATRICES]
-    assert min(np.array(counts)[[0, 1, 2, 3, 5]]) > 0
+    assert min(np.array(counts)[[0, 1, 2, 3, 5, 6]]) > 0
+
+
+def test_one_lossless_matrix_has_several_classes(rng: np.random.Generator) -> None:
+    assert lossless(rng, *LOSSLESS_MATRICES[-1]).exponents.n_classes > 1
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
@@ -327,6 +335,7 @@ def test_matvec_float_in_parts_equals_whole(
     kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
     m = lossless(rng, 400, 331, 7, 12)
+    assert m.exponents.n_classes > 1
     x = np.zeros((tokens, 352), np.float32)
     x[:, :331] = rng.normal(size=(tokens, 331))
     a = Activations(kernels.device.upload("x", x), None)
