@@ -171,7 +171,8 @@ def test_calibration_is_removed_unless_it_is_to_be_kept(
     folder = write_hf_folder(tmp_path / "tiny", CONFIG, lively(CONFIG))
     arguments = [str(folder), str(tmp_path / "out"), "--calibration-tokens", "128", "--quiet"]
     assert command.main([*arguments, *["--keep-calibration"] * keep]) == 0
-    assert len(list(calibrations.iterdir())) == keep
+    # The text that the model wrote is small, and kept for other rates.
+    assert sum(path.is_dir() for path in calibrations.iterdir()) == keep
     blocks: list[int] = []
 
     def counted(*args: object) -> object:
