@@ -39,6 +39,11 @@ def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "calibration"
 
 
+def kept(calibrations: Path) -> list[Path]:
+    """Without the texts that models wrote, which are small."""
+    return [path for path in calibrations.iterdir() if path.is_dir()]
+
+
 def lively(config: ModelConfig, seed: int = 0) -> dict[str, Array]:
     """Rows of about length 1, norms of about 1: tokens are not all equally likely."""
     return {
@@ -171,7 +176,7 @@ def test_calibration_is_removed_unless_it_is_to_be_kept(
     folder = write_hf_folder(tmp_path / "tiny", CONFIG, lively(CONFIG))
     arguments = [str(folder), str(tmp_path / "out"), "--calibration-tokens", "128", "--quiet"]
     assert command.main([*arguments, *["--keep-calibration"] * keep]) == 0
-    assert len(list(calibrations.iterdir())) == keep
+    assert len(kept(calibrations)) == keep
     blocks: list[int] = []
 
     def counted(*args: object) -> object:
@@ -182,7 +187,7 @@ def test_calibration_is_removed_unless_it_is_to_be_kept(
     monkeypatch.setattr(calibrating, "layer_statistics", counted)
     assert command.main([*arguments, "--bits", "3"]) == 0
     assert len(blocks) == (0 if keep else CONFIG.n_layers)
-    assert list(calibrations.iterdir()) == []
+    assert kept(calibrations) == []
 
 
 @pytest.mark.parametrize("reads", range(1, 9))
@@ -211,7 +216,7 @@ def test_stopped_conversion_goes_on_where_it_ended(
     convert(source, out, text=SAMPLED)
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert list(out.parent.iterdir()) == [out]
-    assert list(calibrations.iterdir()) == []
+    assert kept(calibrations) == []
 
 
 @pytest.mark.parametrize(
