@@ -6,12 +6,14 @@ import _thread
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
+from codec.matrix import decode_matrix
 from engine.errors import WeightsError
 from model.config import ModelConfig
 from model.reference import Reference
@@ -126,6 +128,33 @@ def test_calibrated_file_is_the_model(tmp_path: Path, tied: bool) -> None:
     fine, coarse = kl(tmp_path / "8", source), kl(tmp_path / "5", source)
     # Three bits are steps of an eighth, and a divergence goes with their square.
     assert 0 < 20 * fine < coarse < 0.05
+
+
+def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
+    source = source_of(tmp_path, WIDE, lively(WIDE))
+    convert(source, tmp_path / "out", 4, text=SAMPLED, sparsity=0.4)
+    file = WeightsFile.open(tmp_path / "out")
+    assert file.bits_per_weight(block_only=False) == pytest.approx(4, abs=0.05)
+    for matrix in layout.matrices(WIDE):
+        zero = np.mean(decode_matrix(file.matrix(matrix.name)) == 0)
+        # At 4 bits, steps are about a third of a row's root mean square: an eighth is zero anyway.
+        assert 0.4 <= zero < 0.55 if matrix.in_block else zero < 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity is 1, expected 0 to less than 1"),
+        ({"sparsity": -0.1}, "sparsity is -0.1, expected 0 to less than 1"),
+        ({"sparsity": 0.5, "text": NONE}, "sparsity needs a calibration"),
+        ({"sparsity": 0.5, "bits": "lossless"}, "lossless keeps all weights"),
+    ],
+)
+def test_pruning_that_makes_no_sense_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(WeightsError, match=message):
+        convert(source_of(tmp_path, CONFIG, lively(CONFIG)), tmp_path / "out", **options)
 
 
 def test_calibration_reads_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
