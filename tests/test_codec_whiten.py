@@ -190,6 +190,19 @@ def test_correlated_inputs_lose_less_at_no_more_entropy(step):
     assert loss(step * q - w, h) < 0.5 * loss(plain - w, h)
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_pruning_takes_what_costs_least(sparsity):
+    cols = 150  # blocks of 64, 64 and 22 columns
+    h = hessian(cols)
+    w = weights(80, cols)
+    q = quantize_whitened(w, inverse_factor(h), np.full(80, 0.05, np.float32), sparsity)
+    for begin in (0, 64, 128):
+        # At these steps, next to no weight but a pruned one is zero.
+        assert 0 <= np.mean(q[:, begin : begin + 64] == 0) - sparsity < 0.03
+    smallest = np.where(np.abs(w) <= np.quantile(np.abs(w), sparsity), 0, w)
+    assert loss(0.05 * q - w, h) < 0.5 * loss(smallest - w, h)
+
+
 def test_rows_without_step_are_zero():
     w = weights(4, 70)
     steps = np.array([0.5, 0, 0.25, 0], np.float32)

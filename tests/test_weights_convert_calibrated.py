@@ -6,12 +6,14 @@ import _thread
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
+from codec.matrix import decode_matrix
 from engine.errors import WeightsError
 from model.config import ModelConfig
 from model.reference import Reference
@@ -37,6 +39,11 @@ def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where calibrations are kept."""
     monkeypatch.setattr(command, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "calibration"
+
+
+def kept(calibrations: Path) -> list[Path]:
+    """Without the texts that models wrote, which are small."""
+    return [path for path in calibrations.iterdir() if path.is_dir()]
 
 
 def lively(config: ModelConfig, seed: int = 0) -> dict[str, Array]:
@@ -123,6 +130,33 @@ def test_calibrated_file_is_the_model(tmp_path: Path, tied: bool) -> None:
     assert 0 < 20 * fine < coarse < 0.05
 
 
+def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
+    source = source_of(tmp_path, WIDE, lively(WIDE))
+    convert(source, tmp_path / "out", 4, text=SAMPLED, sparsity=0.4)
+    file = WeightsFile.open(tmp_path / "out")
+    assert file.bits_per_weight(block_only=False) == pytest.approx(4, abs=0.05)
+    for matrix in layout.matrices(WIDE):
+        zero = np.mean(decode_matrix(file.matrix(matrix.name)) == 0)
+        # At 4 bits, steps are about a third of a row's root mean square: an eighth is zero anyway.
+        assert 0.4 <= zero < 0.55 if matrix.in_block else zero < 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity is 1, expected 0 to less than 1"),
+        ({"sparsity": -0.1}, "sparsity is -0.1, expected 0 to less than 1"),
+        ({"sparsity": 0.5, "text": NONE}, "sparsity needs a calibration"),
+        ({"sparsity": 0.5, "bits": "lossless"}, "lossless keeps all weights"),
+    ],
+)
+def test_pruning_that_makes_no_sense_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(WeightsError, match=message):
+        convert(source_of(tmp_path, CONFIG, lively(CONFIG)), tmp_path / "out", **options)
+
+
 def test_calibration_reads_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_hf_folder(tmp_path / "tiny", CONFIG, lively(CONFIG))
     text = tmp_path / "text.txt"
@@ -171,8 +205,7 @@ def test_calibration_is_removed_unless_it_is_to_be_kept(
     folder = write_hf_folder(tmp_path / "tiny", CONFIG, lively(CONFIG))
     arguments = [str(folder), str(tmp_path / "out"), "--calibration-tokens", "128", "--quiet"]
     assert command.main([*arguments, *["--keep-calibration"] * keep]) == 0
-    # The text that the model wrote is small, and kept for other rates.
-    assert sum(path.is_dir() for path in calibrations.iterdir()) == keep
+    assert len(kept(calibrations)) == keep
     blocks: list[int] = []
 
     def counted(*args: object) -> object:
@@ -183,7 +216,7 @@ def test_calibration_is_removed_unless_it_is_to_be_kept(
     monkeypatch.setattr(calibrating, "layer_statistics", counted)
     assert command.main([*arguments, "--bits", "3"]) == 0
     assert len(blocks) == (0 if keep else CONFIG.n_layers)
-    assert list(calibrations.iterdir()) == []
+    assert kept(calibrations) == []
 
 
 @pytest.mark.parametrize("reads", range(1, 9))
@@ -212,7 +245,7 @@ def test_stopped_conversion_goes_on_where_it_ended(
     convert(source, out, text=SAMPLED)
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert list(out.parent.iterdir()) == [out]
-    assert list(calibrations.iterdir()) == []
+    assert kept(calibrations) == []
 
 
 @pytest.mark.parametrize(

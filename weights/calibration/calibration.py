@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,10 @@ from weights.sources import Source
 # To be raised whenever the same source and tokens give other statistics.
 RECIPE_VERSION = 1
 
+# numpy reads headers with Python's parser, which in Python 3.11 is not safe in threads: once in a
+# while there is a SystemError about an "AST constructor recursion depth mismatch".
+_READING = threading.Lock()
+
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
@@ -55,7 +60,7 @@ class Calibration:
         """
         path = self.folder / _result_name(name)
         try:
-            with np.load(path) as file:
+            with _READING, np.load(path) as file:
                 hessian = _symmetric(file[f"{name}.hessian"])
                 return MatrixStatistics(hessian, file[f"{name}.gradient"])
         except FileNotFoundError:
