@@ -43,11 +43,14 @@ def inverse_factor(hessian: npt.NDArray[np.floating], damping: float = DAMPING) 
 
 
 def unit_steps(u: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
-    """Steps of the rows for c = 1: (cols, cols), (rows,) -> (rows,)."""
+    """Steps of the rows for c = 1: (cols, cols), (rows,) -> (rows,).
+
+    All are 0, which makes zeros of the weights, where no output ever mattered.
+    """
     g = gradient.astype(np.float64)
     least = _LEAST_GRADIENT * np.sqrt(np.mean(g * g))
-    if least == 0:  # an output that never mattered: all rows alike
-        g, least = np.ones_like(g), 1.0
+    if least == 0:
+        return np.zeros(len(g))
     units: Floats = np.exp(np.mean(np.log(np.diag(u)))) / np.maximum(g, least)
     return units
 

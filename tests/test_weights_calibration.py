@@ -200,7 +200,6 @@ def test_small_chunks_change_only_roundings(
 ) -> None:
     monkeypatch.setattr(statistics, "_TOKENS", 2 * LENGTH)  # two windows, then one
     monkeypatch.setattr(statistics, "_LOGITS", 5 * CONFIG.vocab_size)  # 5 tokens of 21
-    monkeypatch.setattr("weights.calibration.layer._FEW", 10)  # 14 tokens, then 7
     monkeypatch.setattr("weights.calibration.layer._SCORES", 3 * 2 * LENGTH**2)  # 3 key heads of 4
     again = everything(calibrate(source, tokens, tmp_path, seed=SEED), source.config)
     for key, want in everything(calibration, source.config).items():

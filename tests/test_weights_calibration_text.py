@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny_model import CONFIG, random_tensors, write_hf_folder
 from engine.errors import EngineError
 from model.config import ModelConfig
 from model.reference import Reference
-from weights.calibration import read_windows, sample_tokens
+from weights.calibration import read_windows, sample, sample_tokens
 from weights.calibration.sample import BatchedLlama, DenseLlama, draw, softmax
 from weights.sources import Source, open_source
 
@@ -41,6 +42,29 @@ def test_batched_logits_are_the_oracles(
     # The same sums in another order: as test_reference_is_a_llama, for logits below 1.
     for text, logits in zip(tokens, found, strict=True):
         assert_close(logits, reference.logits(text), 128 * EPS32)
+
+
+def test_product_in_parts_is_the_product(
+    monkeypatch: pytest.MonkeyPatch, assert_close: AssertClose
+) -> None:
+    monkeypatch.setattr(sample, "_PART", 4 * 70)
+    rng = np.random.default_rng(4)
+    w, x = rng.normal(size=(43, 70)), rng.normal(size=(5, 70))  # 10 parts and a rest
+    with ThreadPoolExecutor(3) as pool:
+        found = sample.product(pool, w, x)
+    assert_close(found, x @ w.T, 70 * 2.0**-53 * (np.abs(x) @ np.abs(w.T)))
+
+
+def test_samples_are_the_same_on_any_number_of_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_source(tmp_path, CONFIG)
+    monkeypatch.setattr(sample, "_PART", 7 * CONFIG.dim)
+    found = []
+    for n_cores in (1, 2, 7):
+        monkeypatch.setattr("os.cpu_count", lambda n=n_cores: n)
+        found.append(sample_tokens(source, 5, 23))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
 def test_draw_inverts_the_cumulated_probability() -> None:

@@ -26,8 +26,7 @@ from codec.matrix import CodedMatrix, decode_matrix
 from engine.errors import EngineError, WeightsError
 from engine.tokenizer import Tokenizer
 from weights import layout
-from weights.calibration.calibration import Calibration, calibrate
-from weights.calibration.sample import sample_tokens
+from weights.calibration.calibration import Calibration, calibrate, own_text
 from weights.calibration.text import read_windows
 from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, format_file
@@ -151,12 +150,12 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
 
     length = min(_WINDOW, source.config.max_seq_len)
     n_windows = max(1, text.tokens // length)
+    folder = cache_folder() / "calibration"
     if text.file is None:
-        tokens = sample_tokens(source, n_windows, length, progress=shown("sampling"))
+        tokens = own_text(source, n_windows, length, folder, shown("sampling"))
     else:
         encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
         tokens = read_windows(text.file, encode, n_windows, length)
-    folder = cache_folder() / "calibration"
     return calibrate(source, tokens, folder, progress=shown("calibrating"))
 
 

@@ -27,7 +27,7 @@ from engine.errors import EngineError, WeightsError
 from model.reference import Floats, embed
 from weights import layout
 from weights.calibration.layer import Layer
-from weights.calibration.sample import Tokens
+from weights.calibration.sample import Tokens, sample_tokens
 from weights.calibration.statistics import (
     MatrixStatistics,
     forward_layer,
@@ -91,7 +91,7 @@ def calibrate(
         raise ValueError(f"{n_windows} windows of {length} tokens; at most {c.max_seq_len} work")
     if tokens.min() < 0 or tokens.max() >= c.vocab_size:
         raise ValueError(f"a token is outside the vocabulary of {c.vocab_size}")
-    folder = Path(work_dir) / _identity(source, tokens, seed)
+    folder = Path(work_dir) / _identity(source, tokens.shape, tokens.tobytes(), seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A thread works on its own windows: products that are threaded too would wait for cores.
@@ -104,6 +104,22 @@ def calibrate(
             f"{folder}: the calibration cannot be kept there ({error.strerror or error})"
         ) from None
     return Calibration(folder)
+
+
+def own_text(
+    source: Source, n_windows: int, length: int, work_dir: str | Path, progress: Progress
+) -> Tokens:
+    """`sample_tokens`, remembered in `work_dir`: the next rate, or the next try, has it at once."""
+    path = Path(work_dir) / f"{_identity(source, n_windows, length)}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            return np.asarray(_load_array(path))
+        tokens = sample_tokens(source, n_windows, length, progress=progress)
+        _save_array(path, tokens)
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be kept ({error.strerror or error})") from None
+    return tokens
 
 
 def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[int]:
@@ -171,16 +187,13 @@ def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[in
     yield 2 * c.n_layers + 1
 
 
-def _identity(source: Source, tokens: Tokens, seed: int) -> str:
-    """16 hexadecimal digits that change with whatever the statistics depend on.
+def _identity(source: Source, *facts: object) -> str:
+    """16 hexadecimal digits that change with the facts and with the model.
 
-    Of the weights, all norms and the last block's matrices are looked at: training moves them all.
+    Of its weights, all norms and the last block's matrices are looked at: training moves them all.
     """
     c = source.config
-    digest = hashlib.sha256()
-    facts = (RECIPE_VERSION, source.name, c.to_json(), tokens.shape, seed)
-    digest.update(repr(facts).encode())
-    digest.update(np.ascontiguousarray(tokens, np.int64).data)
+    digest = hashlib.sha256(repr((RECIPE_VERSION, source.name, c.to_json(), facts)).encode())
     last = f"model.layers.{c.n_layers - 1}."
     for name in sorted({*layout.vectors(c), *(n for n in source.tensors if n.startswith(last))}):
         digest.update(np.ascontiguousarray(source.tensors[name].read()).data)
@@ -216,7 +229,7 @@ def _upper(n: int) -> npt.NDArray[np.bool_]:
     return ~np.tri(n, k=-1, dtype=bool)
 
 
-def _save_array(path: Path, values: Floats) -> None:
+def _save_array(path: Path, values: npt.NDArray[Any]) -> None:
     with _replacing(path) as file:
         np.save(file, values)
 

@@ -6,9 +6,11 @@ Needs the whole model in float32 in memory, as nothing else here does.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -16,13 +18,14 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from model.config import ModelConfig
-from model.reference import Floats, Integers, embed, rms_norm
-from weights.calibration.layer import Layer, activate, output, product
+from model.reference import Floats, Integers, embed, matvec, rms_norm
+from weights.calibration.layer import Layer, Product, activate, output
 from weights.layout import EMBEDDING, HEAD
-from weights.parallel import in_order
 from weights.sources import Source
 
 Tokens = npt.NDArray[np.int64]
+
+_PART = 1 << 19  # weights; whatever the number of cores, so that roundings are the same
 
 
 def sample_tokens(
@@ -48,25 +51,15 @@ def sample_tokens(
     first = next((token for token in separators if token is not None), None)
     tokens[:, 0] = rng.integers(c.vocab_size, size=n_sequences) if first is None else first
 
-    weights = DenseLlama.read(source)
-    n_groups = min(os.cpu_count() or 1, n_sequences)
-    bounds = np.linspace(0, n_sequences, n_groups + 1).astype(int).tolist()
-    groups = [
-        (slice(begin, end), BatchedLlama(c, weights, end - begin, length))
-        for begin, end in pairwise(bounds)
-    ]
     uniform = rng.random((length, n_sequences))
-
-    def following(group: tuple[slice, BatchedLlama]) -> Tokens:
-        texts, model = group
-        logits = model.step(tokens[texts, model.pos])
-        logits /= temperature
-        return draw(softmax(logits), uniform[model.pos, texts])
-
-    # A thread works on its own texts: products that are threaded too would wait for cores.
-    with threadpool_limits(1, "blas"):
+    # A thread works on its own rows: products that are threaded too would wait for cores.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        spread = partial(product, pool)
+        model = BatchedLlama(c, DenseLlama.read(source), n_sequences, length, spread)
         for pos in range(1, length):
-            tokens[:, pos] = np.concatenate(list(in_order(following, groups)))
+            logits = model.step(tokens[:, pos - 1])
+            logits /= temperature
+            tokens[:, pos] = draw(softmax(logits), uniform[pos])
             if progress is not None:
                 progress(pos + 1, length)
     return tokens
@@ -95,9 +88,17 @@ class DenseLlama:
 class BatchedLlama:
     """A model that reads one token of each of `batch` texts at a time, with a cache for each."""
 
-    def __init__(self, config: ModelConfig, weights: DenseLlama, batch: int, length: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DenseLlama,
+        batch: int,
+        length: int,
+        product: Product = matvec,
+    ) -> None:
         self._config = config
         self._weights = weights
+        self._product = product
         self.pos = 0  # tokens of each text that it has read
         shape = (config.n_layers, length, batch * config.n_kv_heads, config.head_dim)
         self._k_cache = np.empty(shape, weights.norm.dtype)
@@ -108,9 +109,22 @@ class BatchedLlama:
         c, w = self._config, self._weights
         x = embed(w.embedding, token_ids)
         for layer, k_cache, v_cache in zip(w.layers, self._k_cache, self._v_cache, strict=True):
-            x = output(layer, activate(c, layer, x, k_cache, v_cache, self.pos))
+            activations = activate(c, layer, x, k_cache, v_cache, self.pos, self._product)
+            x = output(layer, activations, self._product)
         self.pos += 1
-        return product(w.head, rms_norm(x, w.norm, c.norm_eps))
+        return self._product(w.head, rms_norm(x, w.norm, c.norm_eps))
+
+
+def product(pool: ThreadPoolExecutor, w: Floats, x: Floats) -> Floats:
+    """`matvec` for few tokens, where to read the weights is the work: parts of them at once."""
+    y = np.empty((len(w), len(x)), x.dtype)
+    step = max(1, _PART // w.shape[1])
+
+    def work(begin: int) -> None:
+        np.matmul(w[begin : begin + step], x.T, out=y[begin : begin + step])
+
+    deque(pool.map(work, range(0, len(w), step)), maxlen=0)
+    return y.T
 
 
 def softmax(logits: Floats) -> Floats:
