@@ -204,8 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--bits",
         type=parse_bits,
         default=DEFAULT_BITS,
-        help="stored bits per weight, 2 to 8 (default %(default)s), or `lossless`: all weights bit "
-        "for bit",
+        help="stored bits per weight, 0.25 to 8 (default %(default)s), or `lossless`: all weights "
+        "bit for bit",
     )
     parser.add_argument(
         "--embed-bits",
