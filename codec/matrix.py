@@ -115,6 +115,7 @@ def encode_matrix(
         )
     if not is_valid(scale_log2):
         raise ValueError("scales beyond 2^100: expected less, or 0")
+    max_raw_bits = max_raw_bits if 2 in groups else 0
     lowest, highest, limit = int(q.min()), int(q.max()), MAX_HIGH << max_raw_bits
     largest = max(-lowest, highest)
     if largest > limit:

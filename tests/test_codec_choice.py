@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.choice import MAX_HIGH, MAX_INTEGER, MAX_RAW_BITS, choose_code
@@ -15,6 +15,7 @@ from codec.table import MAX_SYMBOLS
     st.integers(-100, 20),
     st.sampled_from([11, 12]),
 )
+@settings(deadline=None)
 def test_every_histogram_has_a_code(counts, lowest, log2_states):
     code = choose_code(np.array(counts), lowest, log2_states)
     assert 0 <= code.raw_bits <= (MAX_RAW_BITS if code.group == 2 else 0)

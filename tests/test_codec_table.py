@@ -3,7 +3,7 @@
 import codec_scalar
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.table import (
@@ -72,6 +72,7 @@ def numbers(entries, n_symbols, group):
 
 
 @given(group_and_counts, log2_states)
+@settings(deadline=None)
 def test_frequencies_fill_the_table_under_the_cap(group_counts, p):
     group, counts = group_counts
     whole = quantize_marginal(np.array(counts))
@@ -85,6 +86,7 @@ def test_frequencies_fill_the_table_under_the_cap(group_counts, p):
 
 
 @given(group_and_counts, log2_states)
+@settings(deadline=None)
 def test_only_rare_groups_of_uncommon_symbols_have_no_state(group_counts, p):
     group, counts = group_counts
     marginal = quantize_marginal(np.array(counts)).astype(int)
@@ -104,6 +106,7 @@ def test_only_rare_groups_of_uncommon_symbols_have_no_state(group_counts, p):
 
 
 @given(group_and_counts, log2_states)
+@settings(deadline=None)
 def test_groups_may_stand_for_those_in_other_orders(group_counts, p):
     group, counts = group_counts
     marginal = quantize_marginal(np.array(counts))
@@ -117,6 +120,7 @@ def test_groups_may_stand_for_those_in_other_orders(group_counts, p):
 
 
 @given(group_and_counts, log2_states)
+@settings(deadline=None)
 def test_entries_of_a_group_lead_to_every_state_exactly_once(group_counts, p):
     """What makes the code decodable, and a decoder safe from any state and on any bits."""
     group, counts = group_counts
@@ -140,6 +144,7 @@ def test_entries_of_a_group_lead_to_every_state_exactly_once(group_counts, p):
 
 
 @given(group_and_counts, log2_states)
+@settings(deadline=None)
 def test_encoder_inverts_the_decode_table(group_counts, p):
     group, counts = group_counts
     marginal = quantize_marginal(np.array(counts))
@@ -157,6 +162,7 @@ def test_encoder_inverts_the_decode_table(group_counts, p):
 
 
 @given(group_and_counts, log2_states)
+@settings(deadline=None)
 def test_rare_groups_are_stood_for_by_groups_with_states(group_counts, p):
     group, counts = group_counts
     marginal = quantize_marginal(np.array(counts))
