@@ -1,10 +1,11 @@
-"""tANS over many streams at once: pairs to bits and back. Knows nothing of matrices or files.
+"""tANS over many streams at once: groups to bits and back. Knows nothing of matrices or files.
 
-A step of a stream is one pair, two steps are a quad. A quad is, most significant bit first: 4 *
-raw_bits raw bits, the state bits of its first pair, those of its second. The encoder goes from a
-stream's last step to its first, and the decoder starts in the state where the encoder ended. What
-state follows the last step means nothing, so the last pair's state bits, which would say, are left
-out: the encoder starts in a state of that pair. A decoder may read whatever follows in their place.
+A step of a stream is one group of two or four weights; four weights, two steps or one, are a quad.
+A quad is, most significant bit first: 4 * raw_bits raw bits, the state bits of its first group,
+those of its second. The encoder goes from a stream's last step to its first, and the decoder starts
+in the state where the encoder ended. What state follows the last step means nothing, so the last
+group's state bits, which would say, are left out: the encoder starts in a state of that group. A
+decoder may read whatever follows in their place.
 
 Arrays over streams are (steps, streams): one numpy operation advances every stream by a step.
 Look-ups use mode="clip" because the default has numpy check and buffer every result.
@@ -13,30 +14,33 @@ Look-ups use mode="clip" because the default has numpy check and buffer every re
 import numpy as np
 import numpy.typing as npt
 
+from codec.groups import QUAD
 from codec.table import Table
 
 WORD_BITS = 32
 
 
 def encode(
-    table: Table, pairs: npt.NDArray[np.int64], raw: npt.NDArray[np.uint16], raw_bits: int
+    table: Table, groups: npt.NDArray[np.int64], raw: npt.NDArray[np.uint16], raw_bits: int
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """Encode pairs (steps, streams), which must have states, and raw bits (steps / 2, streams).
+    """Encode groups (steps, streams), which must have states, and raw bits (quads, streams).
 
-    The pairs of a stream are of one class.
+    The groups of a stream are of one class.
 
     Returns the decoder's first states (streams,), and the streams as quads of at most 40 bits with
-    their lengths, both (streams, steps / 2): what `BitWriter.append` takes.
+    their lengths, both (streams, quads): what `BitWriter.append` takes.
     """
-    steps, streams = pairs.shape
-    quads = np.zeros((steps // 2, streams), np.int64)
+    steps, streams = groups.shape
+    steps_per_quad = QUAD // table.group
+    quads = np.zeros((steps // steps_per_quad, streams), np.int64)
     lengths = np.zeros_like(quads)
-    # The last pair's lowest state: the lower a state is, the fewer bits does its predecessor take.
-    x = table.next_x[table.frequencies[pairs[-1]] + table.delta_state[pairs[-1]]]
+    # The last group's lowest state: the lower a state is, the fewer bits does its predecessor take.
+    last = groups[-1]
+    x = table.next_x[table.frequencies[last] + table.delta_state[last]]
     n, rest, scratch = np.empty_like(x), np.empty_like(x), np.empty_like(x)
     for t in range(steps - 2, -1, -1):
-        quad, length = quads[t // 2], lengths[t // 2]
-        table.delta_bits.take(pairs[t], out=n, mode="clip")
+        quad, length = quads[t // steps_per_quad], lengths[t // steps_per_quad]
+        table.delta_bits.take(groups[t], out=n, mode="clip")
         n += x
         n >>= 16
         np.right_shift(x, n, out=rest)
@@ -45,12 +49,12 @@ def encode(
         x <<= length
         quad |= x
         length += n
-        if raw_bits and t % 2 == 0:
-            scratch[:] = raw[t // 2]
+        if raw_bits and t % steps_per_quad == 0:
+            scratch[:] = raw[t // steps_per_quad]
             scratch <<= length
             quad |= scratch
             length += 4 * raw_bits
-        table.delta_state.take(pairs[t], out=scratch, mode="clip")
+        table.delta_state.take(groups[t], out=scratch, mode="clip")
         rest += scratch
         table.next_x.take(rest, out=x, mode="clip")
     first_states = (x - (1 << table.log2_states)).astype(np.uint16)
@@ -68,7 +72,7 @@ class BitWriter:
     def append(
         self, fields: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64]
     ) -> npt.NDArray[np.int64]:
-        """Append fields of 1 to 63 bits (rows, fields), row by row -> end of each row (rows,)."""
+        """Append fields of 0 to 63 bits (rows, fields), row by row -> end of each row (rows,)."""
         offset = self.n_bits % 64
         length = lengths.ravel()
         end = np.cumsum(length) + np.uint64(offset)
@@ -102,12 +106,13 @@ class BitWriter:
 class Decoder:
     """Streams, each of a class, read in step; it can stop after any quad and go on.
 
-    It stays within `words` whatever they hold: past the end it sees the last word again.
+    It stays within `words` whatever they hold: past the end it sees zeros.
     """
 
     def __init__(
         self,
         tables: npt.NDArray[np.uint32],
+        group: int,
         raw_bits: int,
         words: npt.NDArray[np.uint32],
         starts: npt.NDArray[np.int64],
@@ -123,10 +128,11 @@ class Decoder:
         base_unit = self._n_states >> 11  # 1 for P = 11, 2 for P = 12
         base = (tables >> 21).astype(np.int64) * base_unit
         self._base = (base + first_states[:, None]).ravel()
+        self._steps_per_quad = QUAD // group
         self._raw_bits = 4 * raw_bits  # of a quad
         # Window i is words i and i + 1: shifted left by up to 31, it still begins with 32 bits.
-        self._windows = words.astype(np.uint64) << np.uint64(WORD_BITS)
-        self._windows[:-1] |= words[1:]
+        self._windows = np.append(words, np.uint32(0)).astype(np.uint64) << np.uint64(WORD_BITS)
+        self._windows[:-1] |= np.append(words[1:], np.uint32(0))
         self._starts = starts
         self._positions = starts.astype(np.int64)
         self._states = first_states[classes] + states  # of all tables' states, one after another
@@ -143,14 +149,14 @@ class Decoder:
         return self._positions - self._starts
 
     def run(self, steps: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
-        """Decode an even number of steps.
+        """Decode so many steps, in whole quads.
 
         Returns the place in `tables`, raveled, of the entry of each step (steps, streams), and the
-        raw bits (steps / 2, streams).
+        raw bits (quads, streams).
         """
         position, state = self._positions, self._states
         visited = np.empty((steps, state.size), np.uint16)
-        raw = np.zeros((steps // 2, state.size), np.uint16)
+        raw = np.zeros((steps // self._steps_per_quad, state.size), np.uint16)
         n = np.empty_like(state)
         window = np.empty(state.size, np.uint64)
         # numpy does not mix the two kinds of 64-bit integers, so each also has the other's name.
@@ -161,8 +167,8 @@ class Decoder:
             self._windows.take(n, out=window, mode="clip")
             np.bitwise_and(position, WORD_BITS - 1, out=n)
             window <<= n_unsigned
-            if self._raw_bits and t % 2 == 0:
-                raw[t // 2] = window >> np.uint64(64 - self._raw_bits)
+            if self._raw_bits and t % self._steps_per_quad == 0:
+                raw[t // self._steps_per_quad] = window >> np.uint64(64 - self._raw_bits)
                 window <<= np.uint64(self._raw_bits)
                 position += self._raw_bits
             self._nbits.take(state, out=n, mode="clip")

@@ -3,8 +3,9 @@
 The exponent fields of a matrix lie close together, so they become small integers q, counted down
 from an anchor: 1 is the anchor itself, 2 the field below it, and so on; -1, -2, ... are the fields
 above it. 0 is field 0: zeros, of which pruned matrices have many, and subnormals. The q are a
-`CodedMatrix` without raw bits. Beside it, sign and as many leading mantissa bits as any weight uses
-have a field of fixed width each: 1 + 7 for weights that are bfloat16, 1 + 10 for float16.
+`CodedMatrix` of pairs, without raw bits. Beside it, sign and as many leading mantissa bits as any
+weight uses have a field of fixed width each: 1 + 7 for weights that are bfloat16, 1 + 10 for
+float16.
 
 Exponents of language models have 2.6 bits of entropy: Zhang et al., "70 % Size, 100 % Accuracy",
 arXiv:2504.11651 (DFloat11). Functions that read a matrix raise ValueError if it is damaged.
@@ -25,7 +26,7 @@ from codec.matrix import (
     encode_matrix,
     outlier_places,
 )
-from codec.table import MAX_SYMBOLS, decode_tables
+from codec.table import MAX_SYMBOLS, decode_tables, entry_symbols
 
 MANTISSA_BITS = 23  # of a float32
 MAX_EXPONENT = 254  # field of a finite number
@@ -96,7 +97,7 @@ def encode_lossless(w: FloatArray, log2_states: int = 12) -> LosslessMatrix:
     anchor = _anchor(counts)
     q = _to_counted(anchor)[exponents]
     del exponents
-    coded = encode_matrix(q, np.zeros(rows, np.int16), log2_states, max_raw_bits=0)
+    coded = encode_matrix(q, np.zeros(rows, np.int16), log2_states, 0, groups=(2,))
     wanted = q[outlier_places(coded)]
     remainder = (coded.outliers >> 16).astype(np.int16)
     field = _from_counted(anchor)[np.stack([wanted - remainder, wanted]) + 255]
@@ -152,6 +153,8 @@ def check_lossless(m: LosslessMatrix) -> None:
         raise ValueError(f"mantissa_bits {m.mantissa_bits}: expected 0 to {MANTISSA_BITS}")
     if m.mantissas.size != m.rows * m.row_words:
         raise ValueError(f"mantissas of {m.mantissas.size} words: expected {m.rows * m.row_words}")
+    if m.exponents.group != 2:
+        raise ValueError(f"exponents in groups of {m.exponents.group}: expected pairs")
     if m.exponents.raw_bits:
         raise ValueError(f"exponents with {m.exponents.raw_bits} raw bits: expected none")
     first, last = m.exponents.min_symbol, m.exponents.min_symbol + m.exponents.n_symbols - 1
@@ -171,10 +174,10 @@ def exponent_fields(w: FloatArray) -> IntArray:
 
 def exponent_tables(m: LosslessMatrix) -> Words:
     """`decode_tables` (n_classes, 2^P) with exponent fields in the place of symbols."""
-    table = decode_tables(m.exponents.marginals, m.exponents.log2_states)
-    symbols = np.arange(m.exponents.n_symbols)
-    field = _from_counted(m.anchor)[symbols + m.exponents.min_symbol + 255]
-    first, second = field[table >> 5 & 255], field[table >> 13 & 255]
+    table = decode_tables(m.exponents.marginals, m.exponents.log2_states, 2)
+    hi = np.arange(m.exponents.n_symbols) + m.exponents.min_symbol
+    field = _from_counted(m.anchor)[hi + 255]
+    first, second = (field[symbols] for symbols in entry_symbols(table, 2))
     table &= np.uint32(0xFFE0001F)
     table |= first << np.uint32(5) | second << np.uint32(13)
     return table
@@ -182,7 +185,7 @@ def exponent_tables(m: LosslessMatrix) -> Words:
 
 def _anchor(counts: npt.NDArray[np.integer]) -> int:
     """Top of the neighbouring fields that have most weights, as many as there may be symbols."""
-    n_fields = MAX_SYMBOLS - 1  # the last one is for field 0
+    n_fields = MAX_SYMBOLS[2] - 1  # the last one is for field 0
     within = np.cumsum(counts[1 : MAX_EXPONENT + 1])
     within[n_fields:] -= within[:-n_fields].copy()
     return 1 + int(within.argmax())

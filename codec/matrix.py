@@ -5,16 +5,16 @@ class. Knows nothing of files or the GPU. Functions that read a coded matrix rai
 is damaged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from codec import ans, side
-from codec.choice import CLIP, MAX_HIGH, MAX_RAW_BITS, Code, choose_code
+from codec.choice import CLIP, GROUPS, MAX_HIGH, MAX_RAW_BITS, Code, choose_code
 from codec.classes import MAX_STATES, TILE, units
-from codec.pairs import QUAD, from_pairs, n_steps, to_pairs
+from codec.groups import QUAD, from_groups, n_steps, to_groups
 from codec.scale import ScaleLog2, is_valid, to_scale
 from codec.table import (
     MARGINAL_TOTAL,
@@ -26,7 +26,7 @@ from codec.table import (
 
 LOG2_STATES = (11, 12)
 MAX_COLS = 2**16 - 1
-_CHUNK_ROWS, _CHUNK_PAIRS = 1 << 12, 1 << 22  # coded at a time, in some 300 MB
+_CHUNK_ROWS, _CHUNK_QUADS = 1 << 12, 1 << 21  # coded at a time, in some 300 MB
 
 IntArray = npt.NDArray[np.int64]
 
@@ -38,7 +38,8 @@ class CodedMatrix:
     rows: int
     cols: int  # 1 .. MAX_COLS
     log2_states: int  # P: 11 or 12
-    raw_bits: int  # 0 .. MAX_RAW_BITS
+    group: int  # weights that are one symbol of the code: 2 or 4
+    raw_bits: int  # 0 .. MAX_RAW_BITS; none in groups of 4
     min_symbol: int  # min_symbol <= 0 < min_symbol + n_symbols
     marginals: npt.NDArray[np.uint16]  # (n_classes, n_symbols), each of sum MARGINAL_TOTAL
     classes: npt.NDArray[np.uint8]  # (rows,), each but the last of a multiple of TILE rows
@@ -98,8 +99,10 @@ def encode_matrix(
     scale_log2: ScaleLog2,
     log2_states: int = 12,
     max_raw_bits: int = MAX_RAW_BITS,
+    groups: Collection[int] = GROUPS,
 ) -> CodedMatrix:
-    """Integers (rows, cols) and the rows' scales (rows,) -> the matrix in its cheapest code.
+    """Integers (rows, cols) and the rows' scales (rows,) -> the matrix in its cheapest code, among
+    those with symbols of as many weights as `groups` says.
 
     Raises ValueError for what no code with at most `max_raw_bits` can hold: too many columns,
     integers beyond MAX_HIGH << max_raw_bits, or scales that are not on the grid of `codec.scale`.
@@ -112,26 +115,27 @@ def encode_matrix(
         )
     if not is_valid(scale_log2):
         raise ValueError("scales beyond 2^100: expected less, or 0")
+    max_raw_bits = max_raw_bits if 2 in groups else 0
     lowest, highest, limit = int(q.min()), int(q.max()), MAX_HIGH << max_raw_bits
     largest = max(-lowest, highest)
     if largest > limit:
         raise ValueError(f"q is {lowest} to {highest}: expected at most {limit} either way")
     order, counts = _by_spread(q)
-    code = choose_code(counts, -CLIP, log2_states, max_raw_bits, largest, units(rows))
+    code = choose_code(counts, -CLIP, log2_states, max_raw_bits, largest, units(rows), groups)
     ends = np.append(0, np.cumsum(units(rows)))
     classes = np.empty(rows, np.uint8)
     for i, c in enumerate(code.classes):
         classes[order[ends[c.first_unit] : ends[c.end_unit]]] = i
     marginals = _marginals(code, counts)
-    table = build_tables(marginals, log2_states)
+    table = build_tables(marginals, log2_states, code.group)
 
     writer = ans.BitWriter()
     states, row_ends, outlier_counts, outliers = [], [], [], []
     for chunk in _chunks(rows, cols):
-        pairs, raw, n_outliers, chunk_outliers = to_pairs(
+        numbers, raw, n_outliers, chunk_outliers = to_groups(
             q[chunk], table, code.raw_bits, code.min_symbol, classes[chunk]
         )
-        first_states, fields, lengths = ans.encode(table, pairs, raw, code.raw_bits)
+        first_states, fields, lengths = ans.encode(table, numbers, raw, code.raw_bits)
         states.append(first_states)
         row_ends.append(writer.append(fields, lengths))
         outlier_counts.append(n_outliers)
@@ -140,6 +144,7 @@ def encode_matrix(
         rows=rows,
         cols=cols,
         log2_states=log2_states,
+        group=code.group,
         raw_bits=code.raw_bits,
         min_symbol=code.min_symbol,
         marginals=marginals,
@@ -164,14 +169,14 @@ def decode_matrix(m: CodedMatrix) -> npt.NDArray[np.int32]:
 def decode_streams(m: CodedMatrix) -> npt.NDArray[np.int32]:
     """q (rows, cols) without what outliers add to it."""
     check(m)
-    tables = decode_tables(m.marginals, m.log2_states)
+    tables = decode_tables(m.marginals, m.log2_states, m.group)
     q = np.empty((m.rows, m.cols), np.int32)
     for chunk in _chunks(m.rows, m.cols):
         decoder = _decoder(m, tables, chunk)
-        visited, raw = decoder.run(n_steps(m.cols))
+        visited, raw = decoder.run(n_steps(m.cols, m.group))
         entries = tables.ravel()[visited]
         _check_ends(m, chunk, decoder.consumed - (entries[-1] & 31))
-        q[chunk] = from_pairs(entries, raw, m.raw_bits, m.min_symbol)[: m.cols].T
+        q[chunk] = from_groups(entries, m.group, raw, m.raw_bits, m.min_symbol)[: m.cols].T
     return q
 
 
@@ -197,15 +202,16 @@ def entry_points(m: CodedMatrix, segment: int) -> tuple[npt.NDArray[np.uint32], 
     if segment < 1 or segment % QUAD:
         raise ValueError(f"a segment is {segment} columns: expected a positive multiple of {QUAD}")
     check(m)
-    tables = decode_tables(m.marginals, m.log2_states)
-    starts = range(0, n_steps(m.cols), segment // 2)
+    tables = decode_tables(m.marginals, m.log2_states, m.group)
+    steps = n_steps(m.cols, m.group)
+    starts = range(0, steps, segment // m.group)
     entries = np.empty((len(starts), m.rows), np.uint32)
     end_bits = np.empty(m.rows, np.int64)
     for chunk in _chunks(m.rows, m.cols):
         decoder = _decoder(m, tables, chunk)
         for i, start in enumerate(starts):
             entries[i, chunk] = decoder.consumed << m.log2_states | decoder.states
-            visited, _ = decoder.run(min(segment // 2, n_steps(m.cols) - start))
+            visited, _ = decoder.run(min(segment // m.group, steps - start))
         unread = tables.ravel()[visited[-1]] & 31
         end_bits[chunk] = m.row_offsets[:-1][chunk] + decoder.consumed - unread
     return entries, end_bits
@@ -232,8 +238,11 @@ def check(m: CodedMatrix) -> None:
     shape_fits = m.rows >= 1 and 1 <= m.cols <= MAX_COLS
     require(shape_fits, f"{m.rows} x {m.cols}", f"1 to {MAX_COLS} columns, and rows")
     require(m.log2_states in LOG2_STATES, f"log2_states {m.log2_states}", f"one of {LOG2_STATES}")
-    require(0 <= m.raw_bits <= MAX_RAW_BITS, f"raw_bits {m.raw_bits}", f"0 to {MAX_RAW_BITS}")
-    require(2 <= n_symbols <= MAX_SYMBOLS, f"{n_symbols} symbols", f"2 to {MAX_SYMBOLS}")
+    require(m.group in GROUPS, f"groups of {m.group}", f"one of {GROUPS}")
+    most = MAX_RAW_BITS if m.group == 2 else 0
+    require(0 <= m.raw_bits <= most, f"raw_bits {m.raw_bits}", f"0 to {most}")
+    most = MAX_SYMBOLS[m.group]
+    require(2 <= n_symbols <= most, f"{n_symbols} symbols", f"2 to {most}")
     require(-n_symbols < m.min_symbol <= 0, f"min_symbol {m.min_symbol}", f"> -{n_symbols}, <= 0")
     most = MAX_STATES >> m.log2_states
     require(1 <= n_classes <= most, f"{n_classes} classes", f"1 to {most}")
@@ -252,9 +261,9 @@ def check(m: CodedMatrix) -> None:
     require(state < 1 << m.log2_states, f"first state {state}", f"below 2^{m.log2_states}")
 
     first, shortest, longest = m.row_offsets[0], m.row_bits.min(), m.row_bits.max()
-    steps = n_steps(m.cols)
-    least = steps * (2 * m.raw_bits + 1) - 1
-    most = steps * 2 * m.raw_bits + (steps - 1) * m.log2_states
+    steps = n_steps(m.cols, m.group)
+    raw = steps * m.group * m.raw_bits
+    least, most = raw + steps - 1, raw + (steps - 1) * m.log2_states
     rows_fit = first == 0 and least <= shortest and longest <= most
     require(rows_fit, f"rows of {shortest} to {longest} bits", f"{least} to {most}, from bit 0 on")
     n_words = -(-m.payload_bits // ans.WORD_BITS)
@@ -271,7 +280,7 @@ def check(m: CodedMatrix) -> None:
 
 def _chunks(rows: int, cols: int) -> Iterator[slice]:
     """The rows that are coded at a time."""
-    size = max(1, min(_CHUNK_ROWS, _CHUNK_PAIRS // n_steps(cols)))
+    size = max(1, min(_CHUNK_ROWS, _CHUNK_QUADS // n_steps(cols, QUAD)))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
@@ -309,7 +318,7 @@ def _decoder(m: CodedMatrix, tables: npt.NDArray[np.uint32], rows: slice) -> ans
     end_word = -(-m.row_offsets[rows.stop] // ans.WORD_BITS)
     starts = m.row_offsets[:-1][rows] - first_word * ans.WORD_BITS
     words = m.words[first_word:end_word]
-    return ans.Decoder(tables, m.raw_bits, words, starts, m.states[rows], m.classes[rows])
+    return ans.Decoder(tables, m.group, m.raw_bits, words, starts, m.states[rows], m.classes[rows])
 
 
 def _check_ends(m: CodedMatrix, rows: slice, found: IntArray) -> None:

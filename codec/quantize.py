@@ -18,7 +18,7 @@ _BINS = 512  # per spread, centred on its multiples: a weight of 0 is well insid
 _GROUPS = 8  # of rows of like size, told apart to predict what classes save
 _REACH = 32  # spreads; what is larger is counted as this large, and will be an outlier all the same
 _CHUNK_WEIGHTS = 1 << 20
-_SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**3  # in units of the spread
+_SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**6  # in units of the spread; at the end nearly all is zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,30 +81,38 @@ def predicted_bits(h: Histogram, c: float, log2_states: int = 12) -> float:
 
 
 def bisect_constant(
-    histograms: Sequence[Histogram], bits_per_weight: float, log2_states: int = 12
+    histograms: Sequence[Histogram],
+    bits_per_weight: float,
+    log2_states: int = 12,
+    saved: float = 0.0,
 ) -> float:
-    """The c at which these matrices together take the asked stored bits per weight, or just less.
+    """The c at which these matrices together take the asked stored bits per weight, or just less,
+    if their quantizer takes `saved` bits a weight less than rounding does.
 
     One c for all of them equalises what one more bit is worth in each. Raises ValueError if steps
-    would be outside of 2^-7 .. 2^3 root mean squares (from about 1 to 10 bits can be had).
+    would be outside of 2^-7 .. 2^6 root mean squares: up to about 10 bits can be had, and down to a
+    quarter of a bit and what is stored of the rows.
     """
+    wanted = bits_per_weight + saved
     n_weights = sum(h.rows * h.cols for h in histograms)
     spread = sum(h.rows * h.cols * np.log2(h.spread) for h in histograms) / n_weights
     too_small, too_large = low, high = np.log2((_SMALLEST_C, _LARGEST_C)) + spread
-    x = 2.1 - bits_per_weight + spread  # log2 c; a Gaussian's entropy is 2.05 - log2 c
+    x = 2.1 - wanted + spread  # log2 c; a Gaussian's entropy is 2.05 - log2 c
     while high - low > 1e-4:
         if not low < x < high:
             x = (low + high) / 2
         c: float = 2.0 ** float(x)
         bits = sum(predicted_bits(h, c, log2_states) for h in histograms) / n_weights
-        excess = bits - bits_per_weight
+        excess = bits - wanted
         if abs(excess) < 5e-4:
             return c
         low, high = (x, high) if excess > 0 else (low, x)
         x += excess  # as c doubles, a weight takes nearly one bit less
     if low == too_small or high == too_large:
+        # Rounded so that it can be asked for.
+        nearest = (np.ceil if high == too_large else np.floor)(100 * (bits - saved)) / 100
         raise ValueError(
-            f"{bits_per_weight:.3g} bits per weight cannot be had; the nearest is {bits:.2f}"
+            f"{bits_per_weight:.3g} bits per weight cannot be had; the nearest is {nearest:.2f}"
         )
     return float(2.0**high)  # the rate jumps here, past the one that was asked for
 

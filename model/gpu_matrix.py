@@ -124,11 +124,12 @@ class GpuMatrix:
         self.n_blocks = -(-m.cols // BLOCK)
         self.n_states = 1 << m.log2_states
         self.floats = floats is not None
+        self._group = m.group
         self._raw_bits = m.raw_bits
         # What a decoded symbol means: overrides and params of the kernels that use it.
         self._overrides: dict[str, int] = {}
         self._params = dict(offset=m.min_symbol << m.raw_bits)
-        tables = decode_tables(m.marginals, m.log2_states)
+        tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
             self._overrides = dict(field_bits=floats.field_bits)
             self._params = dict(row_chunks=row_chunks(floats))
@@ -184,11 +185,12 @@ class GpuMatrix:
     def _guard_bytes(self, m: CodedMatrix) -> int:
         """Zeros after the last row: no row reads further, whatever its bits say.
 
-        The kernels decode whole blocks of 32 columns, at most log2_states / 2 + raw_bits bits each,
-        and fetch up to 32 bytes ahead.
+        The kernels decode whole blocks of 32 columns, at most log2_states / group + raw_bits bits
+        each, and fetch up to 32 bytes ahead.
         """
         cols = -(-m.cols // BLOCK) * BLOCK
-        return self.interleave * ((m.log2_states + 2 * m.raw_bits) * cols // 16 + 64)
+        bits = (m.log2_states + m.group * m.raw_bits) * cols // m.group
+        return self.interleave * (bits // 8 + 64)
 
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> _Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
@@ -232,7 +234,12 @@ class GpuMatrix:
     @property
     def _stream(self) -> dict[str, int]:
         """Overrides that say how streams are coded and laid out."""
-        return dict(n_states=self.n_states, raw_bits=self._raw_bits, interleave=self.interleave)
+        return dict(
+            n_states=self.n_states,
+            group_size=self._group,
+            raw_bits=self._raw_bits,
+            interleave=self.interleave,
+        )
 
     @property
     def read_bytes(self) -> int:

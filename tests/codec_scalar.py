@@ -6,48 +6,62 @@ Written from the format's text and sharing no code with `codec`, so that the two
 from fractions import Fraction
 from functools import cache
 from heapq import heapify, heappop, heappush
+from itertools import product
+from math import prod
 
 
-def frequencies(marginal, log2_states):
-    """Webster: a kept pair has one state; each further one goes to the largest w / (2 f + 1).
+def weights(marginal, log2_states, group):
+    """Of the kept groups, tuples of symbols: probability times 2^32, if not 0 at least 1.
 
-    Pairs with a symbol of probability 0 are never kept.
+    Groups with a symbol of probability 0 are never kept.
     """
-    n, states = len(marginal), 2**log2_states
     mode = marginal.index(max(marginal))
-    weight = {}
-    for i in range(n):
-        for j in range(n):
-            w = marginal[i] * marginal[j]
-            if (w and (mode in (i, j))) or Fraction(w, 2**32) * states >= Fraction(1, 32):
-                weight[i * n + j] = w
+    due, exempt, weight = {}, set(), {}
+    for symbols in product(range(len(marginal)), repeat=group):
+        w = prod(marginal[symbol] for symbol in symbols)
+        if w:
+            due[symbols] = Fraction(w, 2 ** (16 * group)) * 2**log2_states
+            weight[symbols] = max(1, w >> 16 * (group - 2))
+            if symbols.count(mode) >= group - 1:
+                exempt.add(symbols)
+    least, kept = Fraction(1, 32), range(2**log2_states)
+    while len(kept) > 2 ** (log2_states - 1):
+        kept = [symbols for symbols in due if symbols in exempt or due[symbols] >= least]
+        least *= 2
+    return {symbols: weight[symbols] for symbols in kept}
+
+
+def frequencies(weight, log2_states):
+    """Webster: a kept group has one state; each further one goes to the largest w / (2 f + 1)."""
+    states = 2**log2_states
     f = dict.fromkeys(weight, 1)
-    queue = [(-Fraction(w, 3), pair) for pair, w in weight.items()]
+    queue = [(-Fraction(w, 3), symbols) for symbols, w in weight.items()]
     heapify(queue)
     for _ in range(states - len(f)):
-        _, pair = heappop(queue)
-        f[pair] += 1
-        if f[pair] < states // 2:
-            heappush(queue, (-Fraction(weight[pair], 2 * f[pair] + 1), pair))
-    return f, weight
+        _, symbols = heappop(queue)
+        f[symbols] += 1
+        if f[symbols] < states // 2:
+            heappush(queue, (-Fraction(weight[symbols], 2 * f[symbols] + 1), symbols))
+    return f
 
 
 @cache
-def state_table(marginal, log2_states):
-    """(symbol0, symbol1, nbits, base) of each state."""
-    f, weight = frequencies(marginal, log2_states)
-    occurrences = [(pair, x) for pair in f for x in range(f[pair], 2 * f[pair])]
+def state_table(marginal, log2_states, group):
+    """(symbols, nbits, base) of each state."""
+    weight = weights(marginal, log2_states, group)
+    f = frequencies(weight, log2_states)
+    occurrences = [(symbols, x) for symbols in f for x in range(f[symbols], 2 * f[symbols])]
     occurrences.sort(key=lambda o: ((2 * o[1] + 1) * 2**48 // (2 * weight[o[0]]), o[0]))
     table = []
-    for pair, x in occurrences:
+    for symbols, x in occurrences:
         nbits = log2_states - (x.bit_length() - 1)
-        table.append((*divmod(pair, len(marginal)), nbits, x * 2**nbits - 2**log2_states))
+        table.append((symbols, nbits, x * 2**nbits - 2**log2_states))
     return table
 
 
 def decode_row(m, row):
-    """A row of a CodedMatrix -> its integers; (bits read, state) before each pair, bits in all."""
-    table = state_table(tuple(m.marginals[m.classes[row]].tolist()), m.log2_states)
+    """A row of a CodedMatrix -> its integers; (bits read, state) before each group, bits in all."""
+    table = state_table(tuple(m.marginals[m.classes[row]].tolist()), m.log2_states, m.group)
     words = m.words.tolist()
     position, state = int(m.row_offsets[row]), int(m.states[row])
 
@@ -60,14 +74,14 @@ def decode_row(m, row):
         return value
 
     start, trail, q = position, [], []
-    for pair in range((m.cols + 3) // 4 * 2):
+    for column in range(0, m.cols + -m.cols % 4, m.group):
         trail.append((position - start, state))
-        if pair % 2 == 0:
+        if column % 4 == 0:
             raw = read(4 * m.raw_bits)
-        symbol0, symbol1, nbits, base = table[state]
-        if pair < (m.cols + 3) // 4 * 2 - 1:
+        symbols, nbits, base = table[state]
+        if column + m.group < m.cols + -m.cols % 4:
             state = base + read(nbits)
-        for symbol in (symbol0, symbol1):
+        for symbol in symbols:
             q.append((symbol + m.min_symbol) * 2**m.raw_bits + raw % 2**m.raw_bits)
             raw >>= m.raw_bits
     for outlier in m.outliers[m.outlier_offsets[row] : m.outlier_offsets[row + 1]].tolist():

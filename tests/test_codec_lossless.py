@@ -140,7 +140,7 @@ def test_one_weight_far_out_is_an_outlier():
 def test_exponent_table_is_the_decode_table_in_other_words():
     w = pruned(np.random.default_rng(6), (60, 500))
     m = encode_lossless(w, 11)
-    symbols = decode_tables(m.exponents.marginals, 11)
+    symbols = decode_tables(m.exponents.marginals, 11, 2)
     exponents = exponent_tables(m)
     assert np.array_equal(exponents & 0xFFE0001F, symbols & 0xFFE0001F)
     for shift in (5, 13):
@@ -182,6 +182,9 @@ DAMAGE = {
     "anchor": lambda m: replace(m, anchor=255),
     "mantissa_bits": lambda m: replace(m, mantissa_bits=24),
     "mantissas": lambda m: replace(m, mantissas=m.mantissas[:-1]),
+    "groups of 4": lambda m: replace(
+        m, exponents=encode_matrix(np.zeros((33, 70), int), np.zeros(33, np.int16))
+    ),
     "raw bits": lambda m: replace(
         m, exponents=encode_matrix(np.arange(33 * 70).reshape(33, 70), np.zeros(33, np.int16))
     ),

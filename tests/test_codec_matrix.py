@@ -7,12 +7,12 @@ from pathlib import Path
 import codec_scalar
 import numpy as np
 import pytest
-from golden.make_codec_words import golden_matrix, to_record
+from golden.make_codec_words import golden_matrix, golden_sparse_matrix, to_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec import matrix, side
-from codec.choice import MAX_INTEGER
+from codec.choice import MAX_HIGH, MAX_INTEGER
 from codec.matrix import (
     CodedMatrix,
     check,
@@ -26,10 +26,18 @@ from codec.scale import ZERO
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "codec_words.json").read_text())
 
+
+def golden_id(record):
+    return f"{record['group']}-{record['log2_states']}"
+
+
 KINDS = {
     "zeros": lambda rng, shape: np.zeros(shape),
     "one value": lambda rng, shape: np.full(shape, rng.integers(-300, 300)),
     "two values": lambda rng, shape: rng.choice([-7, 9], shape),
+    "ternary": lambda rng, shape: rng.choice([-1, 0, 1], shape, p=[0.08, 0.85, 0.07]),
+    "pruned": lambda rng, shape: np.rint(rng.laplace(size=shape)) * (rng.random(shape) < 0.1),
+    "very rare": lambda rng, shape: rng.random(shape) < 1e-3,
     "flat": lambda rng, shape: rng.integers(-40, 41, shape),
     "flat and wide": lambda rng, shape: rng.integers(-700, 701, shape),
     "peaked": lambda rng, shape: rng.geometric(0.97, shape) - 1,
@@ -61,11 +69,15 @@ def coded(rows: int = 33, cols: int = 70, sigma: float = 2.5, log2_states: int =
     return encode_matrix(gaussian(rows, cols, sigma), np.zeros(rows, np.int16), log2_states)
 
 
-@given(matrices(), st.sampled_from([11, 12]))
-@settings(deadline=None)
-def test_decoding_returns_what_was_encoded(q, log2_states):
-    m = encode_matrix(q, np.zeros(len(q), np.int16), log2_states)
+@given(matrices(), st.sampled_from([11, 12]), st.sampled_from([(2,), (4,), (2, 4)]))
+@settings(deadline=None, max_examples=200)
+def test_decoding_returns_what_was_encoded(q, log2_states, groups):
+    """Groups of four can do it all, though not always well."""
+    wide = np.abs(q).max() > MAX_HIGH
+    groups = (2,) if wide else groups
+    m = encode_matrix(q, np.zeros(len(q), np.int16), log2_states, groups=groups)
     check(m)
+    assert m.group in groups
     assert m.min_symbol <= 0 < m.min_symbol + m.n_symbols
     assert np.array_equal(decode_matrix(m), q)
 
@@ -133,20 +145,22 @@ def test_scalar_decoder_agrees(kind, log2_states):
 
 @pytest.mark.parametrize("log2_states", [11, 12])
 @pytest.mark.parametrize("segment", [4, 12, 32, 128])
-@pytest.mark.parametrize("sigma", [2.5, 25])  # without and with raw bits
+@pytest.mark.parametrize("sigma", [0.3, 2.5, 25])  # groups of four, pairs without and with raw bits
 def test_entry_points_are_where_the_scalar_decoder_passes(sigma, segment, log2_states):
     m = coded(5, 70, sigma, log2_states)
     entries, end_bits = entry_points(m, segment)
     assert entries.dtype == np.uint32
     assert entries.shape == (-(-70 // segment), 5)
+    assert m.group == (4 if sigma < 1 else 2)
     for row in range(5):
         trail = codec_scalar.decode_row(m, row)[1]
-        expected = [bit << log2_states | state for bit, state in trail[0 : 70 // 2 : segment // 2]]
+        passed = trail[:: segment // m.group]
+        expected = [bit << log2_states | state for bit, state in passed]
         assert entries[:, row].tolist() == expected
     assert np.array_equal(end_bits, m.row_offsets[1:])
 
 
-@pytest.mark.parametrize("sigma", [2.5, 25])
+@pytest.mark.parametrize("sigma", [0.3, 2.5, 25])
 def test_decoding_from_every_entry_gives_the_rest_of_the_row(sigma):
     q, segment = gaussian(33, 70, sigma), 8
     m = encode_matrix(q, np.zeros(33, np.int16))
@@ -174,28 +188,29 @@ def test_chunks_of_rows_do_not_show(monkeypatch):
     m = encode_matrix(q, np.zeros(33, np.int16))
     assert to_record(m) == whole
     assert np.array_equal(decode_matrix(m), q)
-    monkeypatch.setattr(matrix, "_CHUNK_PAIRS", 1)  # less than a row
+    monkeypatch.setattr(matrix, "_CHUNK_QUADS", 1)  # less than a row
     assert to_record(encode_matrix(q, np.zeros(33, np.int16))) == whole
     assert np.array_equal(entry_points(m, 4)[1], m.row_offsets[1:])
 
 
-@pytest.mark.parametrize("record", GOLDEN["codes"], ids=lambda record: record["log2_states"])
+@pytest.mark.parametrize("record", GOLDEN, ids=golden_id)
 def test_golden_words(record):
     """If the format was to change: python tests/golden/make_codec_words.py"""
-    q = np.array(GOLDEN["q"])
-    assert np.array_equal(q, golden_matrix())
+    q = np.array(record["q"])
+    assert np.array_equal(q, golden_matrix() if record["group"] == 2 else golden_sparse_matrix())
     m = encode_matrix(q, np.zeros(40, np.int16), record["log2_states"])
-    assert to_record(m) == record
+    assert {"q": record["q"], **to_record(m)} == record
     assert m.n_classes == 2
     assert m.outliers.size >= 2
 
 
-@pytest.mark.parametrize("record", GOLDEN["codes"], ids=lambda record: record["log2_states"])
+@pytest.mark.parametrize("record", GOLDEN, ids=golden_id)
 def test_golden_words_are_read(record):
     m = CodedMatrix(
-        rows=len(GOLDEN["q"]),
+        rows=40,
         cols=37,
         log2_states=record["log2_states"],
+        group=record["group"],
         raw_bits=record["raw_bits"],
         min_symbol=record["min_symbol"],
         marginals=np.array(record["marginals"], np.uint16),
@@ -203,12 +218,12 @@ def test_golden_words_are_read(record):
         words=np.frombuffer(bytes.fromhex(record["words"]), ">u4").astype(np.uint32),
         row_offsets=np.array(record["row_offsets"]),
         states=np.array(record["states"], np.uint16),
-        scale_log2=np.zeros(len(GOLDEN["q"]), np.int16),
+        scale_log2=np.zeros(40, np.int16),
         outlier_offsets=np.array(record["outlier_offsets"], np.uint32),
         outliers=np.array(record["outliers"], np.uint32),
     )
-    assert decode_matrix(m).tolist() == GOLDEN["q"]
-    assert [codec_scalar.decode_row(m, row)[0] for row in range(m.rows)] == GOLDEN["q"]
+    assert decode_matrix(m).tolist() == record["q"]
+    assert [codec_scalar.decode_row(m, row)[0] for row in range(m.rows)] == record["q"]
 
 
 def test_dequantize_scales_each_row():
@@ -291,6 +306,9 @@ DAMAGE = {
     "too many columns": lambda m: {"cols": 65536},
     "other columns": lambda m: {"cols": 7000},
     "other states": lambda m: {"log2_states": 13},
+    "groups of three": lambda m: {"group": 3},
+    "groups of no weights": lambda m: {"group": 0},
+    "too many symbols for groups of four": lambda m: {"group": 4},
     "raw bits": lambda m: {"raw_bits": 5},
     "negative raw bits": lambda m: {"raw_bits": -1},
     "symbols above 0": lambda m: {"min_symbol": 1},
@@ -334,6 +352,23 @@ def test_parts_that_do_not_fit_are_found(damage):
     check(m)
     with pytest.raises(ValueError, match="expected"):
         check(replace(m, **DAMAGE[damage](m)))
+
+
+def test_groups_of_four_are_checked_too():
+    m = coded(sigma=0.3)
+    assert m.group == 4
+    check(m)
+    for wrong in ({"raw_bits": 1}, {"group": 2}, {"row_offsets": m.row_offsets * 0}):
+        with pytest.raises(ValueError, match="expected"):
+            check(replace(m, **wrong))
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_matrices_of_one_value_take_a_quarter_of_a_bit(value):
+    m = encode_matrix(np.full((40, 401), value), np.zeros(40, np.int16))
+    assert m.payload_bits == 40 * 100  # and no state bits for the last of 101 groups
+    assert not m.outliers.size
+    assert (decode_matrix(m) == value).all()
 
 
 def test_rows_that_start_or_end_elsewhere_are_found():

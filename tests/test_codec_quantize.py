@@ -1,5 +1,7 @@
 """The quantizer: its grid, its histogram, and the rate it aims at."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -96,7 +98,7 @@ def test_histogram_takes_every_row(monkeypatch):
 
 
 @pytest.mark.parametrize("log2_states", [11, 12])
-@pytest.mark.parametrize("bits", [2, 3.25, 4.5, 6, 8])
+@pytest.mark.parametrize("bits", [0.35, 0.6, 0.9, 1.2, 2, 3.25, 4.5, 6, 8])
 def test_constant_meets_the_asked_rate(bits, log2_states):
     model = [weights(300, 600, 1), weights(200, 1001, 2), weights(700, 300, 3)]
     c = bisect_constant([measured(w) for w in model], bits, log2_states)
@@ -128,6 +130,22 @@ def test_prediction_falls_with_c():
 def test_rates_out_of_reach_are_refused(bits):
     with pytest.raises(ValueError, match="cannot be had"):
         bisect_constant([measured(weights(30, 100))], bits)
+
+
+@pytest.mark.parametrize("saved", [0, 0.25])
+@pytest.mark.parametrize("bits", [0.1, 15])
+def test_nearest_rate_can_be_had(bits, saved):
+    model = [measured(weights(30, 100))]
+    with pytest.raises(ValueError, match="cannot be had") as refusal:
+        bisect_constant(model, bits, saved=saved)
+    nearest = float(re.findall(r"nearest is ([\d.]+)", str(refusal.value))[0])
+    c = bisect_constant(model, nearest, saved=saved)
+    assert abs(predicted_bits(model[0], c) / 3000 - saved - nearest) < 0.012
+
+
+def test_what_the_quantizer_saves_goes_into_finer_steps():
+    model = [measured(weights(100, 300))]
+    assert bisect_constant(model, 3, saved=0.5) == bisect_constant(model, 3.5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])

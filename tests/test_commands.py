@@ -425,7 +425,7 @@ def test_plot_without_matplotlib_is_one_clear_line(
         ["--window", "x"],
         ["--bits", "4,x"],
         ["--bits", "4,"],
-        ["--bits", "1.9,4"],
+        ["--bits", "0.2,4"],
         ["--bits", "nan"],
     ],
 )

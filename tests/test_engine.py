@@ -42,7 +42,7 @@ AssertClose = Callable[[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike], None]
 # models, with logits of size 1 to 4, were seen to differ by 1.2e-5; four times as much is allowed.
 EXACT = 5e-5
 CONTEXT = 320
-MODELS = ("plain", "awkward", "awkward tied")
+MODELS = ("plain", "awkward", "awkward tied", "sparse")
 ADAPTERS = ("software", "gpu", "small gpu")
 
 
@@ -74,12 +74,16 @@ def files(
     awkward = dataclasses.replace(
         plain, dim=75, hidden_dim=109, n_heads=14, head_dim=10, vocab_size=301, rope_theta=500.0
     )
-    configs = plain, awkward, dataclasses.replace(awkward, tie_embeddings=True)
+    tied = dataclasses.replace(awkward, tie_embeddings=True)
+    configs = plain, awkward, tied, tied
     folder = tmp_path_factory.mktemp("models")
     files = {}
     for name, config in zip(MODELS, configs, strict=True):
         path = folder / f"{name}.safetensors"
-        convert(random_source(config), path, bits=6, text=CalibrationText(0), progress=False)
+        # Rows of 75 weights have a third of a bit for each beside their streams.
+        bits = 0.9 if name == "sparse" else 6
+        text = CalibrationText(0)
+        convert(random_source(config), path, bits, embed_bits=bits, text=text, progress=False)
         files[name] = WeightsFile.open(path)
     return files
 
@@ -152,6 +156,12 @@ def test_adapters_differ_in_what_they_run(exact: Callable[..., Engine]) -> None:
     assert software.whole_rows and software.n_segments == 1
     assert not gpu.whole_rows and gpu.n_segments > 1 == gpu.splits
     assert not small_gpu.whole_rows and small_gpu.splits > 1
+
+
+def test_sparse_model_is_coded_in_groups_of_four(files: dict[str, WeightsFile]) -> None:
+    file = files["sparse"]
+    assert {file.matrix(name).group for name in file.matrix_names} == {4}
+    assert file.bits_per_weight(block_only=False) < 1
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

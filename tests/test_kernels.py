@@ -106,7 +106,7 @@ def check_quantized(
 
 
 # (rows, cols, spread, log2_states): rows below, at and beside the tile; columns odd and beside the
-# blocks; the spreads lead to 0 to 4 raw bits.
+# blocks; the spreads lead to 0 to 4 raw bits, or to groups of four weights.
 MATRICES = [
     (7, 33, 1.0, 11),
     (65, 575, 2.5, 12),
@@ -114,14 +114,19 @@ MATRICES = [
     (33, 1030, 15.0, 12),
     (1, 2, 25.0, 11),
     (40, 130, 90.0, 12),
-    (300, 333, 0.3, 11),
+    (300, 333, 0.6, 11),
+    (65, 575, 0.13, 12),
+    (33, 1030, 0.1, 11),
+    (1, 3, 0.0, 11),
 ]
 
 
-def test_matrices_cover_every_number_of_raw_bits_and_several_classes() -> None:
+def test_matrices_cover_every_kind_of_code() -> None:
     every = [coded(np.random.default_rng(7), *matrix) for matrix in MATRICES]
     assert {m.raw_bits for m in every} == {0, 1, 2, 3, 4}
-    assert [m.n_classes for m in every] == [1, 2, 1, 2, 1, 1, 5]
+    assert [m.n_classes for m in every] == [1, 2, 1, 2, 1, 1, 5, 3, 2, 1]
+    assert [m.group for m in every] == [2, 2, 2, 2, 2, 2, 2, 4, 4, 4]
+    assert min(m.outliers.size for m in every[-3:-1]) > 0
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
@@ -158,11 +163,12 @@ def test_matvec(
     assert_close(got, want, (gpu.n_blocks + 8) * F32 * terms)
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0])
 def test_matvec_kernels_agree_bit_for_bit(
-    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, spread: float
 ) -> None:
     """With one segment a row both add the same blocks in the same order."""
-    m = coded(rng, 50, 30, 3.0, 12)
+    m = coded(rng, 50, 30, spread, 12)
     a, _ = digit_activations(rng, kernels.device, 1, 1, m.cols)
     results = []
     for whole_rows in (True, False):
@@ -172,6 +178,38 @@ def test_matvec_kernels_agree_bit_for_bit(
         run(kernels.device, Plan(gpu.matvec(a, y, tokens=1, digits=1)))
         results.append(kernels.device.read(y.buffer, np.float32, (m.rows,)))
     assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("matrix", [m for m in MATRICES if m[2] < 3])
+def test_whole_numbers_come_out_exactly(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    matrix: tuple[int, int, float, int],
+    whole_rows: bool,
+) -> None:
+    """With scales of 1 every sum is a whole number below 2^24, which f32 holds."""
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    q = decode_matrix(coded(rng, *matrix))
+    m = encode_matrix(q, np.zeros(len(q), np.int16), matrix[3])
+    gpu = GpuMatrix(kernels, "w", m)
+    x = np.zeros((1, 1, 32 * gpu.n_blocks), np.int8)
+    x[..., : m.cols] = rng.integers(-127, 128, m.cols)
+    sums = x.reshape(-1, 32).sum(axis=1, dtype=np.float32)
+    scale = np.stack([np.ones_like(sums), sums], axis=-1)
+    device = kernels.device
+    y = gpu.output("y", 1)
+    a = Activations(device.upload("digits", x), device.upload("scale", scale))
+    run(device, Plan(gpu.matvec(a, y, tokens=1, digits=1)))
+    got = device.read(y.buffer, np.float32, (y.splits, m.rows)).sum(axis=0)
+    assert (got == q @ x[0, 0, : m.cols].astype(np.int64)).all()
+
+    tokens = rng.integers(0, m.rows, MAX_TOKENS)
+    state = device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
+    embedded = device.empty("x", 4 * MAX_TOKENS * m.cols)
+    run(device, Plan(gpu.embed(state, embedded, tokens=MAX_TOKENS)))
+    assert (device.read(embedded, np.float32, (MAX_TOKENS, m.cols)) == q[tokens]).all()
 
 
 @pytest.mark.parametrize("tokens", [1, MAX_TOKENS])

@@ -70,7 +70,7 @@ def kl(file: Path, source: Source) -> float:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("bits", [2.5, 4, 7])
+@pytest.mark.parametrize("bits", [0.7, 2.5, 4, 7])
 def test_calibrated_conversion_meets_the_asked_rate(
     tmp_path: Path, tied: bool, bits: float
 ) -> None:

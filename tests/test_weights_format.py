@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ from codec.matrix import (
 from codec.table import decode_tables
 
 FORMAT = (Path(weights.__file__).parent / "FORMAT.md").read_text("utf-8")
-QUANTIZED, LOSSLESS = map(json.loads, re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL))
+QUANTIZED, SPARSE, LOSSLESS = map(json.loads, re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL))
 
 
-@pytest.fixture(scope="module")
-def example() -> dict[str, Any]:
-    found: dict[str, Any] = QUANTIZED
+@pytest.fixture(scope="module", params=[QUANTIZED, SPARSE], ids=["pairs", "groups of four"])
+def example(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = request.param
     return found
 
 
@@ -43,88 +45,111 @@ def hexadecimal(values: np.ndarray) -> list[str]:
 
 
 def test_format_example_is_what_the_code_makes(example: dict[str, Any], coded: CodedMatrix) -> None:
-    fields = ("rows", "cols", "log2_states", "n_classes", "raw_bits", "min_symbol")
+    fields = ("rows", "cols", "log2_states", "n_classes", "group", "raw_bits", "min_symbol")
     assert {field: getattr(coded, field) for field in fields} == {f: example[f] for f in fields}
     assert hexadecimal(coded.words) == example["words"]
     assert hexadecimal(pack_side(coded)) == example["side"]
     assert hexadecimal(coded.outliers) == example["outliers"]
     assert coded.marginals.ravel().tolist() == example["marginals"]
     assert decode_matrix(coded).tolist() == example["q"]
-    assert dequantize(coded).tolist() == [[0.5, -1, 0, 0], [0, 0.25, -0.25, 750]]
+
+
+def test_format_example_has_these_weights() -> None:
+    m = encode_matrix(np.array(QUANTIZED["q"]), np.array(QUANTIZED["scale_log2"], np.int16), 11)
+    assert dequantize(m).tolist() == [[0.5, -1, 0, 0], [0, 0.25, -0.25, 750]]
 
 
 def test_format_example_is_walked_through_bit_by_bit(coded: CodedMatrix) -> None:
-    (table,) = decode_tables(coded.marginals, coded.log2_states)
+    (table,) = decode_tables(coded.marginals, coded.log2_states, coded.group)
     bits = "".join(f"{word:032b}" for word in coded.words)
     position = 0
     lines = []
     for row in range(coded.rows):
         assert position == coded.row_offsets[row]
         state = int(coded.states[row])
-        for column in range(0, coded.cols, 2):
+        for column in range(0, coded.cols, coded.group):
             raw = ""
-            if column % 4 == 0:
+            if column % 4 == 0 and coded.raw_bits:
                 raw = bits[position : position + 4 * coded.raw_bits] + " "
                 position += 4 * coded.raw_bits
             entry = int(table[state])
             nbits, base = entry & 31, entry >> 21
             before, rest = state, "| |"
-            if column + 2 < coded.cols:
+            if column + coded.group < coded.cols:
                 field = bits[position : position + nbits]
                 position += nbits
                 state = base + int(field, 2)
                 rest = f"| {field} | {state} |"
+            columns = range(column, column + coded.group)
+            width = 16 // coded.group
+            symbols = [entry >> 5 + i * width & 2**width - 1 for i in range(coded.group)]
             lines.append(
-                f"| {row} | {raw}| {column}, {column + 1} | {before} | {entry:08x} | {nbits} "
-                f"| {entry >> 5 & 255} {entry >> 13 & 255} | {base} {rest}"
+                f"| {row} | {raw}| {', '.join(map(str, columns))} | {before} | {entry:08x} "
+                f"| {nbits} | {' '.join(map(str, symbols))} | {base} {rest}"
             )
     assert "\n".join(lines) in FORMAT
 
 
-def pair_table(marginal: list[int], log2_states: int) -> list[tuple[int, int, int]]:
-    """(pair, nbits, base) of each state, step by step as FORMAT.md has it and without numpy."""
-    n, total = len(marginal), 1 << log2_states
+def group_table(
+    marginal: list[int], log2_states: int, group: int
+) -> list[tuple[tuple[int, ...], int, int]]:
+    """(symbols, nbits, base) of each state, step by step as FORMAT.md has it and without numpy."""
+    total = 1 << log2_states
     mode = marginal.index(max(marginal))
-    weight = {i * n + j: marginal[i] * marginal[j] for i in range(n) for j in range(n)}
-    kept = [
-        pair
-        for pair, w in weight.items()
-        if w and (w * 32 * total >= 2**32 or pair // n == mode or pair % n == mode)
-    ]
-    scaled = {pair: weight[pair] << 60 - max(weight.values()).bit_length() for pair in kept}
+    weight = {}
+    for symbols in product(range(len(marginal)), repeat=group):
+        w = prod(marginal[s] for s in symbols)
+        weight[symbols] = (w >> 32 or min(w, 1)) if group == 4 else w
+    t = 2 ** (27 - log2_states)
+    while True:
+        kept = [
+            symbols
+            for symbols, w in weight.items()
+            if w >= t or (w and sum(s != mode for s in symbols) <= 1)
+        ]
+        if len(kept) <= total // 2:
+            break
+        t *= 2
+    scaled = {own: weight[own] << 60 - max(weight.values()).bit_length() for own in kept}
 
-    def shares(d: int) -> dict[int, int]:
-        return {pair: min(max((scaled[pair] // d + 1) >> 1, 1), total // 2) for pair in kept}
+    def shares(d: int) -> dict[tuple[int, ...], int]:
+        return {own: min(max((scaled[own] // d + 1) >> 1, 1), total // 2) for own in kept}
 
     low, high = 0, 2**60
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if sum(shares(middle).values()) > total else (low, middle)
     share = shares(high)
-    open_to_more = [pair for pair in kept if share[pair] < total // 2]
-    open_to_more.sort(key=lambda pair: (-(scaled[pair] // (2 * share[pair] + 1)), pair))
-    for pair in open_to_more[: total - sum(share.values())]:
-        share[pair] += 1
+    open_to_more = [own for own in kept if share[own] < total // 2]
+    open_to_more.sort(key=lambda own: (-(scaled[own] // (2 * share[own] + 1)), own))
+    for own in open_to_more[: total - sum(share.values())]:
+        share[own] += 1
 
-    owned = [(pair, x) for pair in kept for x in range(share[pair], 2 * share[pair])]
-    owned.sort(key=lambda own: ((2 * own[1] + 1) * 2**48 // (2 * weight[own[0]]), own))
+    owned = [(own, x) for own in kept for x in range(share[own], 2 * share[own])]
+    owned.sort(key=lambda state: ((2 * state[1] + 1) * 2**48 // (2 * weight[state[0]]), state))
     states = []
-    for pair, x in owned:
+    for symbols, x in owned:
         nbits = log2_states - (x.bit_length() - 1)
-        states.append((pair, nbits, x * 2**nbits - total))
+        states.append((symbols, nbits, x * 2**nbits - total))
     return states
 
 
 @pytest.mark.parametrize("log2_states", [11, 12])
-@pytest.mark.parametrize(("spread", "cols"), [(0.3, 9), (2.0, 66), (25.0, 7), (90.0, 4)])
-def test_format_words_suffice_to_decode(spread: float, cols: int, log2_states: int) -> None:
+@pytest.mark.parametrize(
+    ("spread", "cols", "group"),
+    [(0.07, 59, 4), (0.5, 9, 2), (2.0, 66, 2), (25.0, 7, 2), (90.0, 4, 2)],
+)
+def test_format_words_suffice_to_decode(
+    spread: float, cols: int, group: int, log2_states: int
+) -> None:
     rng = np.random.default_rng(cols)
     of_row = spread * np.where(np.arange(43) < 11, 4, 1)[:, None]
     q = np.rint(rng.laplace(size=(43, cols)) * of_row).astype(np.int32)
     m = encode_matrix(q, np.zeros(43, np.int16), log2_states)
-    tables = [pair_table(marginal, log2_states) for marginal in m.marginals.tolist()]
+    assert m.group == group
+    tables = [group_table(marginal, log2_states, group) for marginal in m.marginals.tolist()]
     bits = "".join(f"{word:032b}" for word in m.words)
-    b, n = m.raw_bits, m.n_symbols
+    b = m.raw_bits
     for row in range(m.rows):
         position, state = int(m.row_offsets[row]), int(m.states[row])
         states = tables[m.classes[row]]
@@ -132,11 +157,11 @@ def test_format_words_suffice_to_decode(spread: float, cols: int, log2_states: i
         for first in range(0, cols, 4):
             raw = int(bits[position : position + 4 * b] or "0", 2)
             position += 4 * b
-            symbols = []
-            for is_last in (False, first + 4 >= cols):
-                pair, nbits, base = states[state]
-                symbols += [pair // n, pair % n]
-                if not is_last:
+            symbols: list[int] = []
+            while len(symbols) < 4:
+                of_group, nbits, base = states[state]
+                symbols += of_group
+                if first + len(symbols) < cols + -cols % 4:
                     state = base + int(bits[position : position + nbits], 2)
                     position += nbits
             for i, symbol in enumerate(symbols):

@@ -207,7 +207,7 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
     ("edit", "named"),
     [
         (lambda m, t: m.update(format="other"), r"weights\.convert"),
-        (lambda m, t: m.update(format_version="1"), "version 1, expected 2"),
+        (lambda m, t: m.update(format_version="2"), "version 2, expected 3"),
         (lambda m, t: m.pop("source"), "source"),
         (lambda m, t: m.update(config=[]), "config"),
         (lambda m, t: m["config"].update(n_kv_heads=3), "n_kv_heads"),
@@ -227,6 +227,9 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
         (set_field("log2_states", 13), "log2_states"),
         (set_field("log2_states", 11), QKV),
         (set_field("log2_states", "12"), "whole numbers"),
+        (set_field("group", 3), "groups of 3"),
+        (set_field("group", 4), QKV),
+        (lambda m, t: m["matrices"][QKV].pop("group"), QKV),
         (set_field("raw_bits", 5), "raw_bits"),
         (set_field("raw_bits", -1), "raw_bits"),
         (set_field("raw_bits", True), "whole numbers"),

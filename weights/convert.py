@@ -38,7 +38,7 @@ from weights.store import WeightsFile, write_weights
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
 Bits = float | Literal["lossless"]  # stored per weight
@@ -204,8 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--bits",
         type=parse_bits,
         default=DEFAULT_BITS,
-        help="stored bits per weight, 2 to 8 (default %(default)s), or `lossless`: all weights bit "
-        "for bit",
+        help="stored bits per weight, 0.25 to 8 (default %(default)s), or `lossless`: all weights "
+        "bit for bit",
     )
     parser.add_argument(
         "--embed-bits",

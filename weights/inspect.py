@@ -30,7 +30,8 @@ class MatrixReport:
     name: str
     n_weights: int
     shape: tuple[int, int] | None  # (rows, cols); None for a total
-    code: str  # "P/b/n/k": log2 of the states, raw bits, symbols, classes; empty for a total
+    # "P/g/b/n/k": log2 of the states, weights to a group, raw bits, symbols, classes; empty for a
+    code: str  # total
     stored_bits: float  # per weight, everything counted in
     raw_bits: float  # per weight, among these: not entropy-coded, but stored as they are
     # Bits per weight of the integers' own histogram, the best a coder can do; of weights without
@@ -55,7 +56,7 @@ def describe(name: str, matrix: AnyMatrix, decoded: npt.NDArray[Any]) -> MatrixR
         name=name,
         n_weights=matrix.n_weights,
         shape=(matrix.rows, matrix.cols),
-        code=f"{coded.log2_states}/{raw_bits}/{coded.n_symbols}/{coded.n_classes}",
+        code=f"{coded.log2_states}/{coded.group}/{raw_bits}/{coded.n_symbols}/{coded.n_classes}",
         stored_bits=matrix.bits_per_weight,
         raw_bits=raw_bits,
         entropy=entropy,
@@ -119,14 +120,14 @@ def _total(name: str, reports: list[MatrixReport]) -> MatrixReport:
 
 def format_table(reports: list[MatrixReport]) -> str:
     """One line per matrix, then the totals; rates in bits per weight."""
-    head = "rows x cols", "P/b/n/k", "stored", "raw", "entropy", "overhead", "outliers"
+    head = "rows x cols", "P/g/b/n/k", "stored", "raw", "entropy", "overhead", "outliers"
     lines = [
-        f"{'matrix':40}{head[0]:>14}{head[1]:>11}" + "".join(f"{word:>10}" for word in head[2:])
+        f"{'matrix':40}{head[0]:>14}{head[1]:>13}" + "".join(f"{word:>10}" for word in head[2:])
     ]
     for report in [*reports, *totals(reports)]:
         size = " x ".join(map(str, report.shape)) if report.shape else f"{report.n_weights:,}"
         lines.append(
-            f"{report.name:40}{size:>14}{report.code:>11}{report.stored_bits:10.3f}"
+            f"{report.name:40}{size:>14}{report.code:>13}{report.stored_bits:10.3f}"
             f"{report.raw_bits:10.3f}{report.entropy:10.3f}{report.overhead:10.3f}{report.n_outliers:10}"
         )
     return "\n".join(lines)
@@ -163,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m weights.inspect",
         description="Show what a weights file holds, and check all of it.",
-        epilog="P/b/n/k: k decode tables of 2^P states, b raw bits per weight, n symbols. "
+        epilog="P/g/b/n/k: k decode tables of 2^P states, of groups of g weights, b raw bits per "
+        "weight, n symbols. "
         "Without loss, sign and mantissa are raw and symbols are exponents.",
     )
     parser.add_argument("file")

@@ -17,7 +17,8 @@ from weights.quantizers import Quantizer, code
 # Of an embedding and a head whose errors' worth is not known. For the default model at 5 bits,
 # uncalibrated, 6 here cost a twentieth of the divergence that the blocks cost.
 LEAST_EMBED_BITS = 6.0
-MIN_BITS, MAX_BITS = 2.0, 8.0
+# A bit for four weights is the least that the code can do; what is stored of rows comes on top.
+MIN_BITS, MAX_BITS = 0.25, 8.0
 
 _TRIALS = 2  # of a constant, before all is quantized with it
 _PROBES = 4  # matrices of a kind that are quantized then,
@@ -54,7 +55,7 @@ def find_constants(
             c = bisect_constant(in_group, wanted, log2_states)
             for _ in range(_TRIALS):
                 saved = _saved(quantizer, [matrices[i] for i in members], in_group, c, log2_states)
-                c = bisect_constant(in_group, wanted + saved, log2_states)
+                c = bisect_constant(in_group, wanted, log2_states, saved)
         except ValueError as error:
             raise WeightsError(f"{group}: {error}; ask for other bits") from None
         constants |= {matrices[i].name: c for i in members}

@@ -1,12 +1,13 @@
-// The code: tANS over pairs of weights, four weights (two pairs and their raw bits) at a time.
+// The code: tANS over groups of weights, four weights at a time: two pairs and their raw bits, or one group of four.
 // Format facts only; how the bits arrive is the business of the stream that is imported beside this file.
 // Beside it stands stream.wgsl or stream_wide.wgsl (Stream, window, advance, refill), and the importer provides
 // table_entry(stream) -> u32, of the class's table the entry of the stream's state.
 
-override n_states: u32;  // 2048 or 4096
-override raw_bits: u32;  // 0..4 low bits per weight that are stored as they are
+override n_states: u32;    // 2048 or 4096
+override group_size: u32;  // weights that an entry decodes: 2 or 4
+override raw_bits: u32;    // 0..4 low bits per weight that are stored as they are; none with groups of 4
 
-// A table entry: nbits in bits 0..4 | symbol 0 in 5..12 | symbol 1 in 13..20 | base in 21..31.
+// A table entry: nbits in bits 0..4 | symbols in 5..20, two of 8 bits or four of 4, the first lowest | base in 21..31.
 // nbits sits lowest so that the entry itself is the shift amount; with 2^12 states base is even and stored halved.
 const SYMBOLS: u32 = 0xFFFFu;
 const NBITS: u32 = 31u;
@@ -24,6 +25,13 @@ fn next_state(entry: u32, window: u32) -> u32 {
 // Four symbols, one a byte, from the entries of two pairs.
 fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
   return ((pair0 >> 5u) & SYMBOLS) | ((pair1 << 11u) & (SYMBOLS << 16u));
+}
+
+// The same from the entry of a group of four.
+fn spread_symbols(entry: u32) -> u32 {
+  let symbols = (entry >> 5u) & SYMBOLS;
+  let halves = (symbols | (symbols << 8u)) & 0x00FF00FFu;
+  return (halves | (halves << 4u)) & 0x0F0F0F0Fu;
 }
 
 // The 4 * raw_bits leading bits of the window, weight 0 lowest, spread to one field a byte.
@@ -52,6 +60,12 @@ fn weight_at(w: Weights, column: u32) -> u32 {  // without min_symbol
 
 fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low`
   var bits = window(s);
+  if (group_size == 4u) {
+    let entry = table_entry(s);
+    (*s).state = next_state(entry, bits);
+    advance(s, entry & NBITS);
+    return vec2<u32>(spread_symbols(entry), 0u);
+  }
   let low = raw_bytes(bits);
   bits = bits << (4u * raw_bits);
   let pair0 = table_entry(s);

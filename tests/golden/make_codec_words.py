@@ -1,8 +1,8 @@
-"""Makes codec_words.json: one small matrix in code, bit by bit, with 2^11 and with 2^12 states.
+"""Makes codec_words.json: small matrices in code, bit by bit, with 2^11 and with 2^12 states.
 
     python tests/golden/make_codec_words.py
 
-The format's promise: version 2 files hold exactly these words and rebuild exactly these tables. So
+The format's promise: version 3 files hold exactly these words and rebuild exactly these tables. So
 if the encoder improves, the words may be made anew, but what `tables` and `words` say must go on
 being read as `q`.
 """
@@ -30,9 +30,16 @@ def golden_matrix() -> np.ndarray:
     return q
 
 
+def golden_sparse_matrix() -> np.ndarray:
+    """q (40, 37): the same in steps so large that most are zeros: coded in groups of four."""
+    q = golden_matrix()
+    return np.sign(q) * (np.abs(q) // 30)
+
+
 def to_record(m: CodedMatrix) -> dict[str, object]:
     return {
         "log2_states": m.log2_states,
+        "group": m.group,
         "raw_bits": m.raw_bits,
         "min_symbol": m.min_symbol,
         "marginals": m.marginals.tolist(),
@@ -42,11 +49,14 @@ def to_record(m: CodedMatrix) -> dict[str, object]:
         "outlier_offsets": m.outlier_offsets.tolist(),
         "outliers": m.outliers.tolist(),
         "words": m.words.astype(">u4").tobytes().hex(),
-        "tables": decode_tables(m.marginals, m.log2_states).astype(">u4").tobytes().hex(),
+        "tables": decode_tables(m.marginals, m.log2_states, m.group).astype(">u4").tobytes().hex(),
     }
 
 
 if __name__ == "__main__":
-    q = golden_matrix()
-    records = [to_record(encode_matrix(q, np.zeros(40, np.int16), p)) for p in (11, 12)]
-    GOLDEN.write_text(json.dumps({"q": q.tolist(), "codes": records}) + "\n")
+    records = [
+        {"q": q.tolist(), **to_record(encode_matrix(q, np.zeros(40, np.int16), log2_states))}
+        for q in (golden_matrix(), golden_sparse_matrix())
+        for log2_states in (11, 12)
+    ]
+    GOLDEN.write_text(json.dumps(records) + "\n")
