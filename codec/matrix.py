@@ -105,7 +105,8 @@ def encode_matrix(
     those with symbols of as many weights as `groups` says.
 
     Raises ValueError for what no code with at most `max_raw_bits` can hold: too many columns,
-    integers beyond MAX_HIGH << max_raw_bits, or scales that are not on the grid of `codec.scale`.
+    integers beyond MAX_HIGH << max_raw_bits (no bits are raw in groups of 4), or scales that are
+    not on the grid of `codec.scale`.
     """
     rows, cols = q.shape
     if rows < 1 or not 1 <= cols <= MAX_COLS or scale_log2.shape != (rows,):
