@@ -179,7 +179,8 @@ class Readback:
         self._device, self._label, self._size_bytes = device, label, size_bytes
         self._buffer = self._empty()
         self._mapping: Any = None
-        self._abandoned: list[Any] = []  # kept, for their mappings may still call back
+        # Kept until a later mapping is there: theirs may still call back before it.
+        self._abandoned: list[Any] = []
 
     def claim(self) -> Any:
         """The buffer, free to be copied to."""
@@ -203,4 +204,9 @@ class Readback:
         self._mapping.sync_wait()
         values = np.frombuffer(self._buffer.read_mapped(copy=True), np.uint32)
         self._buffer.unmap()
+        if self._abandoned:
+            self._abandoned.clear()
+            # For a mapping that never calls back wgpu would poll for ever, a core's worth; none is
+            # waited for now.
+            self._device.wgpu._poller._token_ids.clear()
         return values
