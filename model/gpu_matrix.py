@@ -13,7 +13,7 @@ and their activations are f32; streams, entry points and lanes are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,9 @@ _LANES_WANTED = 1 << 16
 _MAX_SEGMENT_BLOCKS = 4
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
+_LARGE_TILE = 128  # rows and tokens of the larger of matmul's tiles
+_LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
+
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows: the activations are loaded once for all of them
 
@@ -79,6 +82,21 @@ class Output:
 
     buffer: Any
     splits: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch whose workgroups along y each take so many tokens of a pass; 0: it has none."""
+
+    dispatch: Dispatch
+    tokens_per_group: int = 0
+
+    def of(self, tokens: int) -> Dispatch:
+        """The launch for so many tokens."""
+        if not self.tokens_per_group:
+            return self.dispatch
+        x, _, z = self.dispatch.workgroups
+        return replace(self.dispatch, workgroups=(x, -(-tokens // self.tokens_per_group), z))
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,8 @@ class GpuMatrix:
         # What a decoded symbol means: overrides and params of the kernels that use it.
         self._overrides: dict[str, int] = {}
         self._params = dict(offset=m.min_symbol << m.raw_bits)
+        self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
+        self._planes = 1 if m.raw_bits <= 2 else 2  # of bytes: shaders/shared/planes.wgsl
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
             self._overrides = dict(field_bits=floats.field_bits)
@@ -286,6 +306,67 @@ class GpuMatrix:
                 **activations,
                 y=y.buffer,
             )
+
+    def matmul(self, x: Activations, y: Any, bytes_: Any) -> Iterator[Step]:
+        """y[t] = W x[t], f32 (tokens, rows), for many tokens: int8 activations, no floats.
+
+        Rows are decoded to `bytes_`, as many at a time as it holds, and then multiplied.
+        """
+        column_bytes = self._planes * self.n_blocks * BLOCK
+        room = bytes_.size // column_bytes // _LARGE_TILE * _LARGE_TILE
+        group = self.segments_per_group
+        stream = {**self._stream, "planes": self._planes}
+        decode = self.kernels.get(
+            "decode_tile", segments_per_group=group, lanes=TILE * group, **stream
+        )
+        per_lane = 8 if self.rows >= _LARGE_PRODUCT_ROWS else 4
+        tile = 16 * per_lane
+        matmul = self.kernels.get(
+            "matmul",
+            per_lane=per_lane,
+            tile=tile,
+            tile_quads=4 * tile,
+            planes=self._planes,
+            n_states=self.n_states,
+            raw_bits=self._raw_bits,
+        )
+        for part in self.parts:
+            for first_row in range(0, part.rows, room):
+                rows = min(room, part.rows - first_row)
+                shared = dict(
+                    first_row=first_row,
+                    n_blocks=self.n_blocks,
+                    byte_rows=-(-rows // _LARGE_TILE) * _LARGE_TILE,
+                    **self._symbols,
+                )
+                yield Step(
+                    decode.dispatch(
+                        [-(-rows // TILE), self.splits],
+                        dict(
+                            rows_padded=part.rows_padded,
+                            n_segments=self.n_segments,
+                            segment_blocks=self.segment_blocks,
+                            **shared,
+                        ),
+                        **part.buffers,
+                        table=self.table,
+                        outliers=self.outliers,
+                        bytes=bytes_,
+                    )
+                )
+                yield Step(
+                    matmul.dispatch(
+                        [-(-rows // tile), 1],
+                        dict(rows=rows, y_rows=self.rows, **shared),
+                        bytes=bytes_,
+                        row_info=part.row_info,
+                        outliers=self.outliers,
+                        x_digits=x.digits,
+                        x_scale=x.scale,
+                        y=y,
+                    ),
+                    tile,
+                )
 
     @cached_property
     def _rows_by_number(self) -> Any:
