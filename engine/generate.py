@@ -13,7 +13,7 @@ import wgpu
 
 from engine.device import Device, Readback
 from engine.errors import EngineError
-from engine.plan import Plan, run
+from engine.plan import run
 from engine.sampler import RING, Sampler, Sampling
 from engine.tokenizer import Tokenizer
 from model.llama import MAX_TOKENS, Llama
@@ -212,17 +212,15 @@ class Engine:
             reused += 1
         self._cached = token_ids[:reused]
         self._sampler.configure(sampling)
-        pos = reused
+        pos, passes = reused, 0
         while pos < len(token_ids):
-            chunk = token_ids[pos : pos + MAX_TOKENS]
-            self._model.write_state(pos, chunk, sampling.seed)
-            pos += len(chunk)
-            few = len(chunk) == 1
-            plans: list[Plan] = [self._model.layers[1 if few else MAX_TOKENS]]
-            if pos == len(token_ids):
-                plans += [self._model.last_head[1 if few else 0], self._sampler.plan]
-            run(self.device, *plans)
-            if pos < len(token_ids) and pos // MAX_TOKENS % self._chunks_ahead == 0:
+            chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
+            begin, pos = pos, pos + len(chunk)
+            last = pos == len(token_ids)
+            plans = self._model.read(begin, chunk, sampling.seed, head=last)
+            run(self.device, *plans, *([self._sampler.plan] if last else []))
+            passes += 1
+            if not last and passes % self._chunks_ahead == 0:
                 self._submit(0).read()
         return reused
 

@@ -307,13 +307,21 @@ class GpuMatrix:
                 y=y.buffer,
             )
 
+    @property
+    def n_bytes(self) -> int:
+        """Of all weights as matmul reads them."""
+        return -(-self.rows // _LARGE_TILE) * _LARGE_TILE * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._planes * self.n_blocks * BLOCK
+
     def matmul(self, x: Activations, y: Any, bytes_: Any) -> Iterator[Step]:
         """y[t] = W x[t], f32 (tokens, rows), for many tokens: int8 activations, no floats.
 
         Rows are decoded to `bytes_`, as many at a time as it holds, and then multiplied.
         """
-        column_bytes = self._planes * self.n_blocks * BLOCK
-        room = bytes_.size // column_bytes // _LARGE_TILE * _LARGE_TILE
+        room = bytes_.size // self._row_bytes // _LARGE_TILE * _LARGE_TILE
         group = self.segments_per_group
         stream = {**self._stream, "planes": self._planes}
         decode = self.kernels.get(

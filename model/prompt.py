@@ -1,0 +1,207 @@
+"""Prompts: a Llama's passes of many tokens, one step per line, in the order of the paper.
+
+A matrix is decoded once for all tokens of the pass, to bytes in a buffer that all matrices use in
+turn, and multiplied with them there (GpuMatrix.matmul). Keys and values go into the cache first,
+then queries meet them tile by tile. Norms and activations are the kernels of short passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.device import Device
+from engine.plan import Plan
+from model.gpu_matrix import Activations, GpuMatrix, Step
+from model.kv_cache import half_padded
+
+MAX_CHUNK = 512  # tokens of one pass
+_ROUND = 64  # plans are made for multiples of so many tokens
+
+_ROWS = 32  # shaders/attention_prompt.wgsl: pairs of token and head in a workgroup,
+_COLUMNS = 16  # and its lanes along a head's elements
+_BYTES = 32 << 20  # decoded at a time: what a large GPU's L2 cache holds
+
+
+class Prompt:
+    """What a `Llama` needs besides to read up to `max_tokens` tokens a pass, int8 activations.
+
+    `plan(n)` runs all blocks for n tokens; `last_head` gives the logits of the last one, in row 0
+    of the model's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.config = c = model.config
+        self.kernels = model.kernels
+        device: Device = model.device
+        self.max_tokens = n = min(MAX_CHUNK, -(-model.cache.max_pos // 128) * 128)
+        matrices: list[GpuMatrix] = [m for layer in model.blocks for m in layer.matrices]
+        self.state = device.empty("prompt.state", 4 * (4 + n))
+        self.x = device.empty("prompt.x", 4 * n * c.dim)
+        self.xn = Activations.empty(device, "prompt.xn", n, 1, c.dim)
+        self.qkv = device.empty("prompt.qkv", 4 * n * (c.q_dim + 2 * c.kv_dim))
+        self.partial = device.empty(
+            "prompt.attn.partial", 4 * n * c.n_heads * (2 * half_padded(c) + 2)
+        )
+        self.attn = Activations.empty(device, "prompt.attn", n, 1, c.q_dim)
+        self.o = device.empty("prompt.o", 4 * n * c.dim)
+        self.gate_up = device.empty("prompt.gate_up", 4 * n * 2 * c.hidden_dim)
+        self.h = Activations.empty(device, "prompt.h", n, 1, c.hidden_dim)
+        self.down = device.empty("prompt.down", 4 * n * c.dim)
+        self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
+        self._steps = list(self._layers())
+        self._plans: dict[int, Plan] = {}
+        self.last_head = Plan(self._last_head())
+
+    def write_state(self, pos: int, tokens: Sequence[int]) -> None:
+        """The next pass reads `tokens` (at most max_tokens) at positions pos, pos + 1, ..."""
+        state = np.zeros(4 + self.max_tokens, np.uint32)
+        state[:2] = pos, len(tokens)
+        state[4 : 4 + len(tokens)] = tokens
+        self._model.device.write(self.state, state)
+
+    def plan(self, tokens: int) -> Plan:
+        tokens = -(-tokens // _ROUND) * _ROUND
+        if tokens not in self._plans:
+            self._plans[tokens] = Plan([step.of(tokens) for step in self._steps])
+        return self._plans[tokens]
+
+    def _layers(self) -> Iterator[Step]:
+        m = self._model
+        previous = None
+        for dispatch in m.embed_tokens.embed(self.state, self.x, tokens=1):
+            yield Step(dispatch, 1)
+        for i, layer in enumerate(m.blocks):
+            keys, values = m.cache.keys[i], m.cache.values[i]
+            yield self._rms_norm(previous, layer.input_layernorm)
+            yield from layer.qkv_proj.matmul(self.xn, self.qkv, self.bytes)
+            yield self._cache_write(keys, values)
+            yield self._attention(keys, values)
+            yield self._attention_combine()
+            yield from layer.o_proj.matmul(self.attn, self.o, self.bytes)
+
+            yield self._rms_norm(self.o, layer.post_attention_layernorm)
+            yield from layer.gate_up_proj.matmul(self.xn, self.gate_up, self.bytes)
+            yield self._swiglu()
+            yield from layer.down_proj.matmul(self.h, self.down, self.bytes)
+            previous = self.down
+
+    def _last_head(self) -> Iterator[Any]:
+        m = self._model
+        yield self._rms_norm(self.down, m.norm, out=m.xn, last=1).of(1)
+        yield from m.lm_head.matvec(m.xn, m.logits, tokens=1, digits=1)
+
+    def _rms_norm(
+        self, y: Any, weight: Any, out: Activations | None = None, last: int = 0
+    ) -> Step:
+        dim, out = self.config.dim, out or self.xn
+        kernel = self.kernels.get(
+            "rms_norm", lanes=self._model.lanes, digits=1, splits=0 if y is None else 1
+        )
+        return Step(
+            kernel.dispatch(
+                [1, 1],
+                dict(
+                    dim=dim,
+                    n_blocks=-(-dim // 32),
+                    tokens=self.max_tokens,
+                    last=last,
+                    eps=self.config.norm_eps,
+                ),
+                state=self.state,
+                y=self.down if y is None else y,
+                weight=weight,
+                x=self.x,
+                x_digits=out.digits,
+                x_scale=out.scale,
+            ),
+            1,
+        )
+
+    @property
+    def _heads(self) -> dict[str, int]:
+        c = self.config
+        return dict(
+            n_heads=c.n_heads,
+            n_kv_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            half_padded=half_padded(c),
+            max_pos=self._model.cache.max_pos,
+        )
+
+    def _cache_write(self, keys: Any, values: Any) -> Step:
+        c = self.config
+        quads = c.n_kv_heads * half_padded(c) // 4
+        return Step(
+            self.kernels.get("cache_write").dispatch(
+                [-(-quads // 64), 1],
+                self._heads,
+                state=self.state,
+                y=self.qkv,
+                rope=self._model.rope,
+                k_cache=keys,
+                v_cache=values,
+            ),
+            1,
+        )
+
+    def _attention(self, keys: Any, values: Any) -> Step:
+        c = self.config
+        tokens = _ROWS // (c.n_heads // c.n_kv_heads)
+        kernel = self.kernels.get(
+            "attention_prompt",
+            tokens_per_group=tokens,
+            lane_quads=-(-half_padded(c) // 2 // _COLUMNS),
+            row_quads=_ROWS * half_padded(c) // 2,
+        )
+        return Step(
+            kernel.dispatch(
+                [c.n_kv_heads, 1],
+                dict(scale=c.head_dim**-0.5, **self._heads),
+                state=self.state,
+                y=self.qkv,
+                rope=self._model.rope,
+                k_cache=keys,
+                v_cache=values,
+                partial=self.partial,
+            ),
+            tokens,
+        )
+
+    def _attention_combine(self) -> Step:
+        c, lanes = self.config, self._model.lanes
+        n_blocks = -(-c.q_dim // 32)
+        kernel = self.kernels.get("attention_combine", lanes=lanes, digits=1, n_splits=1)
+        return Step(
+            kernel.dispatch(
+                [-(-n_blocks * 8 // lanes), 1],
+                dict(
+                    n_heads=c.n_heads,
+                    head_dim=c.head_dim,
+                    half_padded=half_padded(c),
+                    n_blocks=n_blocks,
+                ),
+                partial=self.partial,
+                x_digits=self.attn.digits,
+                x_scale=self.attn.scale,
+            ),
+            1,
+        )
+
+    def _swiglu(self) -> Step:
+        lanes, hidden_dim = self._model.lanes, self.config.hidden_dim
+        n_blocks = -(-hidden_dim // 32)
+        kernel = self.kernels.get("swiglu", lanes=lanes, digits=1, splits=1)
+        return Step(
+            kernel.dispatch(
+                [-(-n_blocks * 8 // lanes), 1],
+                dict(hidden_dim=hidden_dim, n_blocks=n_blocks, tokens=self.max_tokens),
+                y=self.gate_up,
+                x_digits=self.h.digits,
+                x_scale=self.h.scale,
+            ),
+            1,
+        )
