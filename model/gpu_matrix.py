@@ -316,9 +316,13 @@ class GpuMatrix:
         """
         room = bytes_.size // self._row_bytes // _LARGE_TILE * _LARGE_TILE
         group = self.segments_per_group
-        stream = {**self._stream, "planes": self._planes}
         decode = self.kernels.get(
-            "decode_tile", segments_per_group=group, lanes=TILE * group, **stream
+            "decode_tile",
+            segments_per_group=group,
+            lanes=TILE * group,
+            planes=self._planes,
+            **self._stream,
+            **self._overrides,
         )
         per_lane = 8 if self.rows >= _LARGE_PRODUCT_ROWS else 4
         tile = 16 * per_lane

@@ -1,6 +1,7 @@
 // bytes = the weights of some rows as int8 planes (see planes.wgsl), near outliers in their places: what matmul reads.
 // Lanes, segments and splits as in matvec. Dispatch: (row tiles, splits). Integers, exact.
 
+//#import funnel
 //#import ans
 //#import stream
 //#import matrix
@@ -21,7 +22,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> words: array<u32>;
+@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
 @group(0) @binding(3) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
 @group(0) @binding(4) var<storage, read> table: array<vec4<u32>>;
@@ -59,7 +60,7 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   let segment = group.y * segments_per_group + local.y;
   if (segment >= params.n_segments) { return; }
   let entry = entries[segment * params.rows_padded + index];
-  var s = open_stream(row.bit + entry / n_states, entry & (n_states - 1u), 0u);
+  var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
   let begin = 32u * segment * params.segment_blocks;
   let end = min(begin + 32u * params.segment_blocks, 32u * params.n_blocks);
   let offset = (u32(params.min_symbol << symbol_shift()) & 255u) * 0x01010101u;
