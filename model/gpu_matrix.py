@@ -30,6 +30,7 @@ from engine.plan import Plan, run
 from model.gpu_layout import (
     BLOCK,
     CHUNK_BITS,
+    far_outliers,
     interleaved_streams,
     padded_rows,
     row_chunks,
@@ -46,11 +47,13 @@ _LANES_WANTED = 1 << 16
 _MAX_SEGMENT_BLOCKS = 4
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
-_LARGE_TILE = 128  # rows and tokens of the larger of matmul's tiles
+_BYTE_ROWS = 128  # the larger of matmul's tiles
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
-_ROWS_PER_LANE = 4  # of matvec_rows
+_ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
+_SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
+_UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what matmul_rows has in uniform memory
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Activations:
 
     digits: Any  # int8 (tokens, n_digits, 32 * n_blocks)
     scale: Any  # f32 (tokens, n_blocks, 2): scale, sum of the block
+    tokens: int = 0  # that matmul reads
 
     @classmethod
     def empty(
@@ -72,6 +76,17 @@ class Activations:
         return cls(
             device.empty(f"{label}.digits", tokens * n_digits * n_blocks * BLOCK),
             device.empty(f"{label}.scale", tokens * n_blocks * 8),
+        )
+
+    @classmethod
+    def for_matmul(cls, device: Device, label: str, tokens: int, cols: int) -> Activations:
+        """One digit; readable as uniform memory, in full windows wherever one begins."""
+        n_blocks = -(-cols // BLOCK)
+        blocks = tokens * n_blocks + _UNIFORM_BLOCKS
+        return cls(
+            device.empty(f"{label}.digits", blocks * BLOCK, STORAGE | UNIFORM),
+            device.empty(f"{label}.scale", blocks * 8, STORAGE | UNIFORM),
+            tokens,
         )
 
 
@@ -85,17 +100,37 @@ class Output:
 
 @dataclass(frozen=True)
 class Step:
-    """A launch whose workgroups along y each take so many tokens of a pass; 0: it has none."""
+    """A launch of a pass of many tokens. Its workgroups along y each take `tokens_per_group`, from
+    `first_token` on and at most `max_tokens` in all; 0: it has nothing to do with tokens.
+    """
 
     dispatch: Dispatch
     tokens_per_group: int = 0
+    first_token: int = 0
+    max_tokens: int | None = None
 
     def of(self, tokens: int) -> Dispatch:
-        """The launch for so many tokens."""
+        """The launch when the pass has so many tokens; possibly of no workgroup."""
         if not self.tokens_per_group:
             return self.dispatch
+        tokens = max(0, tokens - self.first_token)
+        tokens = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
         x, _, z = self.dispatch.workgroups
         return replace(self.dispatch, workgroups=(x, -(-tokens // self.tokens_per_group), z))
+
+
+def uniform_tokens(n_blocks: int) -> int:
+    """Tokens whose activations matmul_rows may hold at once, 0 if too few: windows begin at
+    multiples of 256 bytes, of digits and of scales.
+    """
+    for tokens in (64, 32, 16, 8):
+        if tokens * n_blocks <= _UNIFORM_BLOCKS and tokens * n_blocks % 32 == 0:
+            return tokens
+    return 0
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // _BYTE_ROWS) * _BYTE_ROWS
 
 
 @dataclass(frozen=True)
@@ -148,6 +183,7 @@ class GpuMatrix:
         self._params = dict(offset=m.min_symbol << m.raw_bits)
         self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
         self._planes = 1 if m.raw_bits <= 2 else 2  # of bytes: shaders/shared/planes.wgsl
+        self._far = far_outliers(m)
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
             self._overrides |= dict(field_bits=floats.field_bits)
@@ -303,7 +339,7 @@ class GpuMatrix:
     @property
     def n_bytes(self) -> int:
         """Of all weights as matmul reads them."""
-        return -(-self.rows // _LARGE_TILE) * _LARGE_TILE * self._row_bytes
+        return _whole_tiles(self.rows) * self._row_bytes
 
     @property
     def _row_bytes(self) -> int:
@@ -314,19 +350,47 @@ class GpuMatrix:
 
         Rows are decoded to `bytes_`, as many at a time as it holds, and then multiplied.
         """
-        room = bytes_.size // self._row_bytes // _LARGE_TILE * _LARGE_TILE
+        room = bytes_.size // self._row_bytes // _BYTE_ROWS * _BYTE_ROWS
+        for part in self.parts:
+            for first_row in range(0, part.rows, room):
+                rows = min(room, part.rows - first_row)
+                params = dict(
+                    first_row=first_row, n_blocks=self.n_blocks, byte_rows=_whole_tiles(rows)
+                )
+                yield Step(self._decode(part, rows, params, bytes_))
+                inputs = dict(
+                    bytes=bytes_,
+                    row_info=part.row_info,
+                    far_outliers=self._far_outliers,
+                    y=y,
+                )
+                params |= dict(rows=rows, y_rows=self.rows)
+                multiply = self._multiply_rows if self.whole_rows else self._multiply_tiles
+                yield from multiply(x, params, inputs)
+
+    def _decode(self, part: _Part, rows: int, params: dict[str, int], bytes_: Any) -> Dispatch:
+        overrides = dict(planes=self._planes, **self._stream, **self._overrides)
+        buffers = dict(**part.buffers, table=self.table, outliers=self.outliers, bytes=bytes_)
+        params = params | self._symbols
+        if self.whole_rows:
+            kernel = self.kernels.get("decode_rows", **overrides)
+            return kernel.dispatch([-(-rows // _SOFTWARE_LANES)], params, **buffers)
         group = self.segments_per_group
-        decode = self.kernels.get(
-            "decode_tile",
-            segments_per_group=group,
-            lanes=TILE * group,
-            planes=self._planes,
-            **self._stream,
-            **self._overrides,
+        overrides |= dict(segments_per_group=group, lanes=TILE * group)
+        params |= dict(
+            rows_padded=part.rows_padded,
+            n_segments=self.n_segments,
+            segment_blocks=self.segment_blocks,
         )
+        kernel = self.kernels.get("decode_tile", **overrides)
+        return kernel.dispatch([-(-rows // TILE), self.splits], params, **buffers)
+
+    def _multiply_tiles(
+        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
+    ) -> Iterator[Step]:
         per_lane = 8 if self.rows >= _LARGE_PRODUCT_ROWS else 4
         tile = 16 * per_lane
-        matmul = self.kernels.get(
+        kernel = self.kernels.get(
             "matmul",
             per_lane=per_lane,
             tile=tile,
@@ -335,43 +399,36 @@ class GpuMatrix:
             n_states=self.n_states,
             raw_bits=self._raw_bits,
         )
-        for part in self.parts:
-            for first_row in range(0, part.rows, room):
-                rows = min(room, part.rows - first_row)
-                shared = dict(
-                    first_row=first_row,
-                    n_blocks=self.n_blocks,
-                    byte_rows=-(-rows // _LARGE_TILE) * _LARGE_TILE,
-                    **self._symbols,
-                )
-                yield Step(
-                    decode.dispatch(
-                        [-(-rows // TILE), self.splits],
-                        dict(
-                            rows_padded=part.rows_padded,
-                            n_segments=self.n_segments,
-                            segment_blocks=self.segment_blocks,
-                            **shared,
-                        ),
-                        **part.buffers,
-                        table=self.table,
-                        outliers=self.outliers,
-                        bytes=bytes_,
-                    )
-                )
-                yield Step(
-                    matmul.dispatch(
-                        [-(-rows // tile), 1],
-                        dict(rows=rows, y_rows=self.rows, **shared),
-                        bytes=bytes_,
-                        row_info=part.row_info,
-                        outliers=self.outliers,
-                        x_digits=x.digits,
-                        x_scale=x.scale,
-                        y=y,
-                    ),
-                    tile,
-                )
+        dispatch = kernel.dispatch(
+            [-(-params["rows"] // tile), 1],
+            params,
+            x_digits=x.digits,
+            x_scale=x.scale,
+            **buffers,
+        )
+        yield Step(dispatch, tile)
+
+    def _multiply_rows(
+        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
+    ) -> Iterator[Step]:
+        kernel = self.kernels.get(
+            "matmul_rows", planes=self._planes, n_states=self.n_states, raw_bits=self._raw_bits
+        )
+        window = uniform_tokens(self.n_blocks)
+        for first in range(0, x.tokens, window):
+            at = first * self.n_blocks
+            dispatch = kernel.dispatch(
+                [-(-params["rows"] // (_SOFTWARE_LANES * _ROWS_PER_LANE)), 1],
+                params | dict(first_token=first),
+                x_digits=(x.digits, at * BLOCK, _UNIFORM_BLOCKS * BLOCK),
+                x_scale=(x.scale, at * 8, _UNIFORM_BLOCKS * 8),
+                **buffers,
+            )
+            yield Step(dispatch, _SOFTWARE_TOKENS, first, window)
+
+    @cached_property
+    def _far_outliers(self) -> Any:
+        return self.kernels.device.upload(f"{self.name}.far_outliers", self._far)
 
     @cached_property
     def _rows_by_number(self) -> Any:

@@ -17,8 +17,9 @@ from engine.plan import Plan
 from model.gpu_matrix import Activations, GpuMatrix, Step
 from model.kv_cache import half_padded
 
-MAX_CHUNK = 512  # tokens of one pass
-_ROUND = 64  # plans are made for multiples of so many tokens
+# Tokens of one pass. A software adapter needs a second for its, and Ctrl-C waits for it.
+MAX_CHUNK, SOFTWARE_CHUNK = 512, 64
+_ROUND = 8  # plans are made for multiples of so many tokens
 
 _ROWS = 32  # shaders/attention_prompt.wgsl: pairs of token and head in a workgroup,
 _COLUMNS = 16  # and its lanes along a head's elements
@@ -37,19 +38,21 @@ class Prompt:
         self.config = c = model.config
         self.kernels = model.kernels
         device: Device = model.device
-        self.max_tokens = n = min(MAX_CHUNK, -(-model.cache.max_pos // 128) * 128)
+        self._software = device.software
+        chunk = SOFTWARE_CHUNK if device.software else MAX_CHUNK
+        self.max_tokens = n = min(chunk, -(-model.cache.max_pos // 128) * 128)
         matrices: list[GpuMatrix] = [m for layer in model.blocks for m in layer.matrices]
         self.state = device.empty("prompt.state", 4 * (4 + n))
         self.x = device.empty("prompt.x", 4 * n * c.dim)
-        self.xn = Activations.empty(device, "prompt.xn", n, 1, c.dim)
+        self.xn = Activations.for_matmul(device, "prompt.xn", n, c.dim)
         self.qkv = device.empty("prompt.qkv", 4 * n * (c.q_dim + 2 * c.kv_dim))
         self.partial = device.empty(
             "prompt.attn.partial", 4 * n * c.n_heads * (2 * half_padded(c) + 2)
         )
-        self.attn = Activations.empty(device, "prompt.attn", n, 1, c.q_dim)
+        self.attn = Activations.for_matmul(device, "prompt.attn", n, c.q_dim)
         self.o = device.empty("prompt.o", 4 * n * c.dim)
         self.gate_up = device.empty("prompt.gate_up", 4 * n * 2 * c.hidden_dim)
-        self.h = Activations.empty(device, "prompt.h", n, 1, c.hidden_dim)
+        self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
         self.down = device.empty("prompt.down", 4 * n * c.dim)
         self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
         self._steps = list(self._layers())
@@ -151,12 +154,12 @@ class Prompt:
     def _attention(self, keys: Any, values: Any) -> Step:
         c = self.config
         tokens = _ROWS // (c.n_heads // c.n_kv_heads)
-        kernel = self.kernels.get(
-            "attention_prompt",
-            tokens_per_group=tokens,
-            lane_quads=-(-half_padded(c) // 2 // _COLUMNS),
-            row_quads=_ROWS * half_padded(c) // 2,
-        )
+        overrides = dict(tokens_per_group=tokens, row_quads=_ROWS * half_padded(c) // 2)
+        if self._software:
+            kernel = self.kernels.get("attention_rows", **overrides)
+        else:
+            lane_quads = -(-half_padded(c) // 2 // _COLUMNS)
+            kernel = self.kernels.get("attention_prompt", lane_quads=lane_quads, **overrides)
         return Step(
             kernel.dispatch(
                 [c.n_kv_heads, 1],

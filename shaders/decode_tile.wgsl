@@ -1,4 +1,4 @@
-// bytes = the weights of some rows as int8 planes (see planes.wgsl), near outliers in their places: what matmul reads.
+// bytes = the weights of some rows as int8 planes (see planes.wgsl), near outliers in their places: for matmul.
 // Lanes, segments and splits as in matvec. Dispatch: (row tiles, splits). Integers, exact.
 
 //#import funnel
@@ -6,6 +6,7 @@
 //#import stream
 //#import matrix
 //#import planes
+//#import bytes
 
 override segments_per_group: u32;
 override lanes: u32;  // 32 * segments_per_group
@@ -33,15 +34,6 @@ var<workgroup> states: array<u32, n_states>;
 
 fn table_entry(s: ptr<function, Stream>) -> u32 { return states[(*s).state]; }
 
-fn add_bytes(a: vec4<u32>, b: u32) -> vec4<u32> {  // each byte by itself
-  let low = vec4<u32>(0x7F7F7F7Fu);
-  return ((a & low) + vec4<u32>(b & 0x7F7F7F7Fu)) ^ ((a ^ vec4<u32>(b)) & ~low);
-}
-
-fn place_of(column: u32, row: u32) -> u32 {  // of the high plane
-  return ((column >> 5u) * planes * 2u + ((column >> 4u) & 1u)) * params.byte_rows + row;
-}
-
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
         @builtin(workgroup_id) group: vec3<u32>) {
@@ -63,32 +55,6 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
   let begin = 32u * segment * params.segment_blocks;
   let end = min(begin + 32u * params.segment_blocks, 32u * params.n_blocks);
-  let offset = (u32(params.min_symbol << symbol_shift()) & 255u) * 0x01010101u;
-  for (var column = begin; column < end; column += 16u) {
-    let w = decode16(&s);
-    let at = place_of(column, byte_row);
-    bytes[at] = add_bytes(w.high, offset);
-    if (planes == 2u) { bytes[at + 2u * params.byte_rows] = w.low; }
-  }
-
-  // Outliers of a row are in the order of their columns: find the segment's first.
-  let end_k = end_outlier(row);
-  var k = row.first_outlier;
-  for (var after = end_k; k < after;) {
-    let middle = (k + after) / 2u;
-    if (outlier_column(outliers[middle]) < begin) { k = middle + 1u; } else { after = middle; }
-  }
-  for (; k < end_k; k++) {
-    let outlier = outliers[k];
-    let column = outlier_column(outlier);
-    if (column >= end) { break; }
-    if (!is_far(outlier)) {
-      let at = place_of(column, byte_row);
-      let quad = (column >> 2u) & 3u;
-      let added = u32(remainder(outlier) << symbol_shift()) & 255u;
-      var four = bytes[at];
-      four[quad] = add_bytes(four, added << (8u * (column & 3u)))[quad];
-      bytes[at] = four;
-    }
-  }
+  write_bytes(&s, begin, end, byte_row);
+  add_near_outliers(row, begin, end, byte_row);
 }

@@ -18,15 +18,13 @@ struct Params {
   first_row: u32,  // their first in row_info
   y_rows: u32,
   n_blocks: u32,
-  min_symbol: i32,
-  max_symbol: i32,
   byte_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> bytes: array<vec4<u32>>;     // (n_blocks, planes, 2, byte_rows)
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
-@group(0) @binding(3) var<storage, read> outliers: array<u32>;
+@group(0) @binding(3) var<storage, read> far_outliers: array<u32>;
 @group(0) @binding(4) var<storage, read> x_digits: array<vec4<u32>>;  // (tokens, 2 n_blocks)
 @group(0) @binding(5) var<storage, read> x_scale: array<vec2<f32>>;   // (tokens, n_blocks)
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;         // (tokens, y_rows)
@@ -119,17 +117,16 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     let index = first.x + my_row + 16u * r;
     if (index < params.rows) {
       let row = row_info[params.first_row + index];
-      let end = end_outlier(row);
-      for (var k = row.first_outlier; k < end; k++) {
-        let outlier = outliers[k];
-        if (is_far(outlier)) {
-          for (var t = 0u; t < per_lane; t++) {
-            sums[t][r] += outlier_value(outlier) * activation(first.y + my_token + 16u * t, outlier_column(outlier));
-          }
+      let place = matrix_row(row);
+      let end = far_outliers[place + 1u];
+      for (var k = far_outliers[place]; k < end; k++) {
+        let outlier = far_outliers[k];
+        for (var t = 0u; t < per_lane; t++) {
+          sums[t][r] += outlier_value(outlier) * activation(first.y + my_token + 16u * t, outlier_column(outlier));
         }
       }
       for (var t = 0u; t < per_lane; t++) {
-        y[(first.y + my_token + 16u * t) * params.y_rows + matrix_row(row)] = sums[t][r] * row_scale(row);
+        y[(first.y + my_token + 16u * t) * params.y_rows + place] = sums[t][r] * row_scale(row);
       }
     }
   }

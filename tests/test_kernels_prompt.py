@@ -28,6 +28,18 @@ def steps_of(gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int) -
     return Plan([step.of(tokens) for step in gpu.matmul(x, y, bytes_)])
 
 
+def matmul_activations(
+    rng: np.random.Generator, device: Device, tokens: int, cols: int
+) -> tuple[Activations, np.ndarray]:
+    """Random digits on the device, and the float64 (tokens, cols) that they stand for."""
+    given, x = digit_activations(rng, device, tokens, 1, cols)
+    a = Activations.for_matmul(device, "x", tokens, cols)
+    n_blocks = -(-cols // 32)
+    device.write(a.digits, device.read(given.digits, np.int8, (tokens * n_blocks * 32,)))
+    device.write(a.scale, device.read(given.scale, np.float32, (tokens * n_blocks * 2,)))
+    return a, x
+
+
 def as_integers(m: CodedMatrix, device: Device, bytes_: Any, gpu: GpuMatrix) -> np.ndarray:
     """What decode_tile has left in the buffer, (rows, cols), planes added up."""
     padded = -(-m.rows // 128) * 128
@@ -39,7 +51,7 @@ def as_integers(m: CodedMatrix, device: Device, bytes_: Any, gpu: GpuMatrix) -> 
     return w[np.argsort(device_order(m.classes))]
 
 
-@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("whole_rows", [True, False])
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_matmul(
     kernels: Kernels,
@@ -47,14 +59,14 @@ def test_matmul(
     monkeypatch: pytest.MonkeyPatch,
     assert_close: Callable[..., None],
     matrix: tuple[int, int, float, int],
-    tokens: int,
+    whole_rows: bool,
 ) -> None:
-    device = kernels.device
-    monkeypatch.setattr(device, "software", False)
+    device, tokens = kernels.device, 70
+    monkeypatch.setattr(device, "software", whole_rows)
     m = coded(rng, *matrix)
     gpu = GpuMatrix(kernels, "w", m)
     room = 128  # whole tiles
-    a, x = digit_activations(rng, device, room, 1, m.cols)
+    a, x = matmul_activations(rng, device, room, m.cols)
     bytes_ = device.empty("bytes", gpu.n_bytes)
     y = device.upload("y", np.full((room, m.rows), np.nan, np.float32))
     run(device, steps_of(gpu, a, y, bytes_, tokens))
@@ -126,6 +138,7 @@ def test_matmul_of_whole_numbers_is_exact(
     assert (got == x[:tokens, :cols].astype(np.int64) @ q.T).all()
 
 
+@pytest.mark.parametrize("name", ["attention_prompt", "attention_rows"])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS[:3])
 @pytest.mark.parametrize(("pos", "n_tokens"), [(0, 1), (3, 12), (47, 33)])
 def test_cache_write_and_attention_prompt(
@@ -137,6 +150,7 @@ def test_cache_write_and_attention_prompt(
     head_dim: int,
     pos: int,
     n_tokens: int,
+    name: str,
 ) -> None:
     device, max_pos, theta = kernels.device, 96, 10000.0
     half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
@@ -166,16 +180,14 @@ def test_cache_write_and_attention_prompt(
     partial = device.upload("partial", np.full((room, n_heads, stride), np.nan, np.float32))
     out = Activations.empty(device, "attn", room, 1, n_heads * head_dim)
     tokens_per_group = 32 // (n_heads // n_kv_heads)
+    lane_quads = dict(lane_quads=-(-padded // 2 // 16)) if name == "attention_prompt" else {}
     n_blocks = -(-n_heads * head_dim // 32)
     dispatches = [
         kernels.get("cache_write").dispatch(
             [-(-n_kv_heads * padded // 4 // 64), n_tokens + 3], heads, **buffers
         ),
         kernels.get(
-            "attention_prompt",
-            tokens_per_group=tokens_per_group,
-            lane_quads=-(-padded // 2 // 16),
-            row_quads=32 * padded // 2,
+            name, tokens_per_group=tokens_per_group, row_quads=32 * padded // 2, **lane_quads
         ).dispatch(
             [n_kv_heads, -(-n_tokens // tokens_per_group) + 1],
             dict(scale=head_dim**-0.5, **heads),
