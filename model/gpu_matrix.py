@@ -47,7 +47,8 @@ _LANES_WANTED = 1 << 16
 _MAX_SEGMENT_BLOCKS = 4
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
-_BYTE_ROWS = 128  # the larger of matmul's tiles
+_TILE_TOKENS = 64  # of a workgroup of matmul; its rows are as many or twice that
+_BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
@@ -388,13 +389,12 @@ class GpuMatrix:
     def _multiply_tiles(
         self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
     ) -> Iterator[Step]:
-        per_lane = 8 if self.rows >= _LARGE_PRODUCT_ROWS else 4
-        tile = 16 * per_lane
+        row_groups = 2 if self.rows >= _LARGE_PRODUCT_ROWS else 1
+        tile = _TILE_TOKENS * row_groups
         kernel = self.kernels.get(
             "matmul",
-            per_lane=per_lane,
-            tile=tile,
-            tile_quads=4 * tile,
+            row_groups=row_groups,
+            row_quads=4 * tile,
             planes=self._planes,
             n_states=self.n_states,
             raw_bits=self._raw_bits,
@@ -406,7 +406,7 @@ class GpuMatrix:
             x_scale=x.scale,
             **buffers,
         )
-        yield Step(dispatch, tile)
+        yield Step(dispatch, _TILE_TOKENS)
 
     def _multiply_rows(
         self, x: Activations, params: dict[str, int], buffers: dict[str, Any]

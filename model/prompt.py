@@ -21,9 +21,14 @@ from model.kv_cache import half_padded
 MAX_CHUNK, SOFTWARE_CHUNK = 512, 64
 _ROUND = 8  # plans are made for multiples of so many tokens
 
-_ROWS = 32  # shaders/attention_prompt.wgsl: pairs of token and head in a workgroup,
-_COLUMNS = 16  # and its lanes along a head's elements
+_ROWS = 32  # pairs of token and head in a workgroup: shaders/attention_prompt.wgsl
+_GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
 _BYTES = 32 << 20  # decoded at a time: what a large GPU's L2 cache holds
+
+
+def tile_bytes(head_dim: int) -> int:
+    """Workgroup memory of attention_prompt."""
+    return 2 * _ROWS * 4 * (-(-head_dim // 8) * 8) + 6144
 
 
 class Prompt:
@@ -41,13 +46,16 @@ class Prompt:
         self._software = device.software
         chunk = SOFTWARE_CHUNK if device.software else MAX_CHUNK
         self.max_tokens = n = min(chunk, -(-model.cache.max_pos // 128) * 128)
+        self._attention_tokens = _ROWS // (c.n_heads // c.n_kv_heads)
+        groups = c.n_kv_heads * -(-n // self._attention_tokens)
+        self._splits = 1 if device.software else min(4, -(-_GROUPS_WANTED // groups))
         matrices: list[GpuMatrix] = [m for layer in model.blocks for m in layer.matrices]
         self.state = device.empty("prompt.state", 4 * (4 + n))
         self.x = device.empty("prompt.x", 4 * n * c.dim)
         self.xn = Activations.for_matmul(device, "prompt.xn", n, c.dim)
         self.qkv = device.empty("prompt.qkv", 4 * n * (c.q_dim + 2 * c.kv_dim))
         self.partial = device.empty(
-            "prompt.attn.partial", 4 * n * c.n_heads * (2 * half_padded(c) + 2)
+            "prompt.attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
         self.attn = Activations.for_matmul(device, "prompt.attn", n, c.q_dim)
         self.o = device.empty("prompt.o", 4 * n * c.dim)
@@ -153,16 +161,18 @@ class Prompt:
 
     def _attention(self, keys: Any, values: Any) -> Step:
         c = self.config
-        tokens = _ROWS // (c.n_heads // c.n_kv_heads)
-        overrides = dict(tokens_per_group=tokens, row_quads=_ROWS * half_padded(c) // 2)
+        half_quads = half_padded(c) // 4
+        overrides = dict(
+            tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS
+        )
         if self._software:
             kernel = self.kernels.get("attention_rows", **overrides)
         else:
-            lane_quads = -(-half_padded(c) // 2 // _COLUMNS)
-            kernel = self.kernels.get("attention_prompt", lane_quads=lane_quads, **overrides)
+            overrides |= dict(half_quads=half_quads, n_splits=self._splits)
+            kernel = self.kernels.get("attention_prompt", **overrides)
         return Step(
             kernel.dispatch(
-                [c.n_kv_heads, 1],
+                [c.n_kv_heads, 1, self._splits],
                 dict(scale=c.head_dim**-0.5, **self._heads),
                 state=self.state,
                 y=self.qkv,
@@ -171,13 +181,13 @@ class Prompt:
                 v_cache=values,
                 partial=self.partial,
             ),
-            tokens,
+            self._attention_tokens,
         )
 
     def _attention_combine(self) -> Step:
         c, lanes = self.config, self._model.lanes
         n_blocks = -(-c.q_dim // 32)
-        kernel = self.kernels.get("attention_combine", lanes=lanes, digits=1, n_splits=1)
+        kernel = self.kernels.get("attention_combine", lanes=lanes, digits=1, n_splits=self._splits)
         return Step(
             kernel.dispatch(
                 [-(-n_blocks * 8 // lanes), 1],
