@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
-from engine.plan import Plan
+from engine.plan import Plan, run
 from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
 from model.kv_cache import KVCache, half_padded
 from model.prompt import Prompt
@@ -113,7 +113,10 @@ class Llama:
         self.layers = {n: Plan(self._layers(n)) for n in (1, MAX_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
         self.all_heads = Plan(self._head(MAX_TOKENS, MAX_TOKENS))
-        self.prompt = Prompt(self) if self.digits == INT8_DIGITS else None
+        self._head_product = Plan(
+            self.lm_head.matvec(self.xn, self.logits, tokens=MAX_TOKENS, digits=self.digits)
+        )
+        self.prompt = Prompt(self) if self.digits == INT8_DIGITS and Prompt.fits(self) else None
 
     def write_state(self, pos: int, tokens: Sequence[int], seed: int = 0) -> None:
         """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ..."""
@@ -124,21 +127,43 @@ class Llama:
 
     def pass_tokens(self, tokens: int) -> int:
         """How many of a text's next `tokens` one pass reads."""
-        if self.prompt and tokens > MAX_TOKENS:
+        if self.prompt and tokens >= self.prompt.min_tokens:
             return min(tokens, self.prompt.max_tokens)
         return min(tokens, MAX_TOKENS)
 
     def read(self, pos: int, tokens: Sequence[int], seed: int = 0, *, head: bool) -> list[Plan]:
-        """The plans of a pass that reads `tokens` at `pos`, and of its last token's logits."""
+        """The plans of a pass that reads `tokens`, as many as `pass_tokens` says, at `pos`; with
+        `head` also of the last one's logits.
+        """
         if self.prompt and len(tokens) > MAX_TOKENS:
             self.prompt.write_state(pos, tokens)
-            self.write_state(pos + len(tokens) - 1, tokens[-1:], seed)  # for the sampler
-            plans = [self.prompt.plan(len(tokens))]
+            self.write_state(
+                pos + len(tokens) - 1, tokens[-1:], seed
+            )  # what a sampler goes on from
+            plans = [self.prompt.layers(len(tokens))]
             return [*plans, self.prompt.last_head] if head else plans
         self.write_state(pos, tokens, seed)
         few = len(tokens) == 1
         plans = [self.layers[1 if few else MAX_TOKENS]]
         return [*plans, self.last_head[1 if few else 0]] if head else plans
+
+    def read_logits(self, pos: int, tokens: Sequence[int]) -> np.ndarray:
+        """Such a pass, now: float32 (len(tokens), vocab_size)."""
+        if not self.prompt or len(tokens) <= MAX_TOKENS:
+            self.write_state(pos, tokens)
+            run(self.device, self.layers[MAX_TOKENS], self.all_heads)
+            return self._logits(len(tokens))
+        self.prompt.write_state(pos, tokens)
+        run(self.device, self.prompt.layers(len(tokens)), self.prompt.norms(len(tokens)))
+        rows = []
+        for first in range(0, len(tokens), MAX_TOKENS):
+            self.prompt.copy_normed(first, MAX_TOKENS)
+            run(self.device, self._head_product)
+            rows.append(self._logits(min(MAX_TOKENS, len(tokens) - first)))
+        return np.concatenate(rows)
+
+    def _logits(self, tokens: int) -> np.ndarray:
+        return self.device.read(self.logits.buffer, np.float32, (tokens, self.config.vocab_size))
 
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
         n = {"tokens": tokens, "digits": self.digits}

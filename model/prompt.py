@@ -8,43 +8,51 @@ then queries meet them tile by tile. Norms and activations are the kernels of sh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.device import Device
+from engine.kernel import Dispatch
 from engine.plan import Plan
-from model.gpu_matrix import Activations, GpuMatrix, Step
+from model.gpu_matrix import Activations, GpuMatrix, Step, uniform_tokens
 from model.kv_cache import half_padded
+
+if TYPE_CHECKING:
+    from model.llama import Llama
 
 # Tokens of one pass. A software adapter needs a second for its, and Ctrl-C waits for it.
 MAX_CHUNK, SOFTWARE_CHUNK = 512, 64
-_ROUND = 8  # plans are made for multiples of so many tokens
+_MIN_CHUNK = 25  # on an H100 three short passes of the default model take as long
 
 _ROWS = 32  # pairs of token and head in a workgroup: shaders/attention_prompt.wgsl
+_MAX_HALF = 64  # of half_padded, there
+_WEIGHT_BYTES = 6144  # beside queries and a tile of keys, which alone attention_rows keeps too
 _GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
 _BYTES = 32 << 20  # decoded at a time: what a large GPU's L2 cache holds
 
 
 def tile_bytes(head_dim: int) -> int:
     """Workgroup memory of attention_prompt."""
-    return 2 * _ROWS * 4 * (-(-head_dim // 8) * 8) + 6144
+    return 2 * _ROWS * 4 * (-(-head_dim // 8) * 8) + _WEIGHT_BYTES
 
 
 class Prompt:
-    """What a `Llama` needs besides to read up to `max_tokens` tokens a pass, int8 activations.
+    """What a `Llama` needs besides to read `min_tokens` to `max_tokens` a pass, int8 activations.
 
-    `plan(n)` runs all blocks for n tokens; `last_head` gives the logits of the last one, in row 0
-    of the model's.
+    Fewer are faster in short passes. `layers(n)` runs all blocks for n tokens; then either
+    `last_head` gives the last one's logits, in row 0 of the model's, or `norms(n)` what the head
+    reads of each.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Llama) -> None:
         self._model = model
         self.config = c = model.config
         self.kernels = model.kernels
-        device: Device = model.device
+        device = model.device
         self._software = device.software
         chunk = SOFTWARE_CHUNK if device.software else MAX_CHUNK
+        self.min_tokens = 9 if device.software else _MIN_CHUNK
+        self._round = 8 if device.software else 64  # plans are made for multiples of so many tokens
         self.max_tokens = n = min(chunk, -(-model.cache.max_pos // 128) * 128)
         self._attention_tokens = _ROWS // (c.n_heads // c.n_kv_heads)
         groups = c.n_kv_heads * -(-n // self._attention_tokens)
@@ -63,9 +71,27 @@ class Prompt:
         self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
         self.down = device.empty("prompt.down", 4 * n * c.dim)
         self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
-        self._steps = list(self._layers())
+        self._layer_steps = list(self._layers())
         self._plans: dict[int, Plan] = {}
         self.last_head = Plan(self._last_head())
+        self._norm = self._rms_norm(self.down, model.norm)
+
+    @staticmethod
+    def fits(model: Llama) -> bool:
+        """Whether the adapter can run these kernels for such a model."""
+        c, device = model.config, model.device
+        matrices = [m for layer in model.blocks for m in layer.matrices]
+        if c.n_heads // c.n_kv_heads > _ROWS:
+            return False
+        if device.software:
+            return tile_bytes(c.head_dim) - _WEIGHT_BYTES <= device.workgroup_memory and all(
+                uniform_tokens(m.n_blocks) for m in matrices
+            )
+        return (
+            half_padded(c) <= _MAX_HALF
+            and tile_bytes(c.head_dim) <= device.workgroup_memory
+            and not any(m.whole_rows for m in matrices)
+        )
 
     def write_state(self, pos: int, tokens: Sequence[int]) -> None:
         """The next pass reads `tokens` (at most max_tokens) at positions pos, pos + 1, ..."""
@@ -74,11 +100,27 @@ class Prompt:
         state[4 : 4 + len(tokens)] = tokens
         self._model.device.write(self.state, state)
 
-    def plan(self, tokens: int) -> Plan:
-        tokens = -(-tokens // _ROUND) * _ROUND
+    def layers(self, tokens: int) -> Plan:
+        tokens = -(-tokens // self._round) * self._round
         if tokens not in self._plans:
-            self._plans[tokens] = Plan([step.of(tokens) for step in self._steps])
+            self._plans[tokens] = Plan([step.of(tokens) for step in self._layer_steps])
         return self._plans[tokens]
+
+    def norms(self, tokens: int) -> Plan:
+        return Plan([self._norm.of(tokens)])
+
+    def copy_normed(self, first: int, tokens: int) -> None:
+        """Puts what `norms` gave for tokens first, first + 1, ... where the model's head reads."""
+        device, n_blocks = self._model.device, -(-self.config.dim // 32)
+        encoder = device.wgpu.create_command_encoder()
+        pairs = (
+            (self.xn.digits, self._model.xn.digits, 32),
+            (self.xn.scale, self._model.xn.scale, 8),
+        )
+        for ours, theirs, block_bytes in pairs:
+            size = n_blocks * block_bytes
+            encoder.copy_buffer_to_buffer(ours, first * size, theirs, 0, tokens * size)
+        device.queue.submit([encoder.finish()])
 
     def _layers(self) -> Iterator[Step]:
         m = self._model
@@ -100,14 +142,12 @@ class Prompt:
             yield from layer.down_proj.matmul(self.h, self.down, self.bytes)
             previous = self.down
 
-    def _last_head(self) -> Iterator[Any]:
+    def _last_head(self) -> Iterator[Dispatch]:
         m = self._model
         yield self._rms_norm(self.down, m.norm, out=m.xn, last=1).of(1)
         yield from m.lm_head.matvec(m.xn, m.logits, tokens=1, digits=1)
 
-    def _rms_norm(
-        self, y: Any, weight: Any, out: Activations | None = None, last: int = 0
-    ) -> Step:
+    def _rms_norm(self, y: Any, weight: Any, out: Activations | None = None, last: int = 0) -> Step:
         dim, out = self.config.dim, out or self.xn
         kernel = self.kernels.get(
             "rms_norm", lanes=self._model.lanes, digits=1, splits=0 if y is None else 1
@@ -162,9 +202,7 @@ class Prompt:
     def _attention(self, keys: Any, values: Any) -> Step:
         c = self.config
         half_quads = half_padded(c) // 4
-        overrides = dict(
-            tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS
-        )
+        overrides = dict(tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS)
         if self._software:
             kernel = self.kernels.get("attention_rows", **overrides)
         else:

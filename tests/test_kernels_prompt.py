@@ -7,9 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_kernels import F32, HEADS, MATRICES, check_quantized, coded, digit_activations
+from test_kernels import (
+    F32,
+    HEADS,
+    MATRICES,
+    check_quantized,
+    coded,
+    digit_activations,
+    read_activations,
+)
 from test_kernels import kernels as kernels
-from test_kernels import read_activations
 from test_kernels import rng as rng
 
 from codec.classes import device_order
@@ -182,7 +189,8 @@ def test_cache_write_and_attention_prompt(
         v_cache=values,
     )
     stride = 2 * padded + 2
-    partial = device.upload("partial", np.full((room, n_heads, n_splits, stride), np.nan, np.float32))
+    nothing = np.full((room, n_heads, n_splits, stride), np.nan, np.float32)
+    partial = device.upload("partial", nothing)
     out = Activations.empty(device, "attn", room, 1, n_heads * head_dim)
     tokens_per_group = 32 // (n_heads // n_kv_heads)
     overrides = {}
@@ -240,7 +248,7 @@ def test_cache_write_and_attention_prompt(
     score = np.abs(want_q).max() * score_per_query
     error = 12 * size * score_per_query + (head_dim + 4) * score
     error = 2 * largest * F32 * (error + 2 * (3 + 2 * score) + 2 * n_pos + 64)
-    parts = device.read(partial, np.float32, (room, n_heads, n_splits, stride))
+    parts = device.read(partial, np.float32, nothing.shape)
     assert np.isnan(parts[n_tokens:]).all()
     got = read_activations(device, out, room, 1, n_heads * head_dim)
     check_quantized(assert_close, {key: v[:n_tokens] for key, v in got.items()}, want, 1, error)
