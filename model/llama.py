@@ -132,16 +132,13 @@ class Llama:
         return min(tokens, MAX_TOKENS)
 
     def read(self, pos: int, tokens: Sequence[int], seed: int = 0, *, head: bool) -> list[Plan]:
-        """The plans of a pass that reads `tokens`, as many as `pass_tokens` says, at `pos`; with
-        `head` also of the last one's logits.
+        """Begin a pass that reads `tokens`, as many as `pass_tokens` says, at `pos`, with `head`
+        also the last one's logits. Returns the plans of it that are still to be submitted.
         """
         if self.prompt and len(tokens) > MAX_TOKENS:
-            self.prompt.write_state(pos, tokens)
-            self.write_state(
-                pos + len(tokens) - 1, tokens[-1:], seed
-            )  # what a sampler goes on from
-            plans = [self.prompt.layers(len(tokens))]
-            return [*plans, self.prompt.last_head] if head else plans
+            rest = self._begin(self.prompt, pos, tokens)
+            self.write_state(pos + len(tokens) - 1, tokens[-1:], seed)  # for the sampler
+            return [rest, self.prompt.last_head] if head else [rest]
         self.write_state(pos, tokens, seed)
         few = len(tokens) == 1
         plans = [self.layers[1 if few else MAX_TOKENS]]
@@ -153,14 +150,20 @@ class Llama:
             self.write_state(pos, tokens)
             run(self.device, self.layers[MAX_TOKENS], self.all_heads)
             return self._logits(len(tokens))
-        self.prompt.write_state(pos, tokens)
-        run(self.device, self.prompt.layers(len(tokens)), self.prompt.norms(len(tokens)))
+        run(self.device, self._begin(self.prompt, pos, tokens), self.prompt.norms(len(tokens)))
         rows = []
         for first in range(0, len(tokens), MAX_TOKENS):
             self.prompt.copy_normed(first, MAX_TOKENS)
             run(self.device, self._head_product)
             rows.append(self._logits(min(MAX_TOKENS, len(tokens) - first)))
         return np.concatenate(rows)
+
+    def _begin(self, prompt: Prompt, pos: int, tokens: Sequence[int]) -> Plan:
+        prompt.write_state(pos, tokens)
+        *parts, last = prompt.layers(len(tokens))
+        for part in parts:
+            run(self.device, part)
+        return last
 
     def _logits(self, tokens: int) -> np.ndarray:
         return self.device.read(self.logits.buffer, np.float32, (tokens, self.config.vocab_size))

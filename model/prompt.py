@@ -29,6 +29,7 @@ _MAX_HALF = 64  # of half_padded, there
 _WEIGHT_BYTES = 6144  # beside queries and a tile of keys, which alone attention_rows keeps too
 _GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
 _BYTES = 32 << 20  # decoded at a time: what a large GPU's L2 cache holds
+_PART = 100  # launches that are submitted at once
 
 
 def tile_bytes(head_dim: int) -> int:
@@ -72,7 +73,7 @@ class Prompt:
         self.down = device.empty("prompt.down", 4 * n * c.dim)
         self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
         self._layer_steps = list(self._layers())
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, list[Plan]] = {}
         self.last_head = Plan(self._last_head())
         self._norm = self._rms_norm(self.down, model.norm)
 
@@ -100,10 +101,13 @@ class Prompt:
         state[4 : 4 + len(tokens)] = tokens
         self._model.device.write(self.state, state)
 
-    def layers(self, tokens: int) -> Plan:
+    def layers(self, tokens: int) -> list[Plan]:
+        """In parts: the device may begin with one while the next are being encoded."""
         tokens = -(-tokens // self._round) * self._round
         if tokens not in self._plans:
-            self._plans[tokens] = Plan([step.of(tokens) for step in self._layer_steps])
+            steps = [step.of(tokens) for step in self._layer_steps]
+            parts = [steps[i : i + _PART] for i in range(0, len(steps), _PART)]
+            self._plans[tokens] = [Plan(part) for part in parts]
         return self._plans[tokens]
 
     def norms(self, tokens: int) -> Plan:
