@@ -20,15 +20,18 @@ from test_kernels import kernels as kernels
 from test_kernels import rng as rng
 
 from codec.classes import device_order
-from codec.matrix import CodedMatrix, decode_matrix
+from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
 from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model import prompt, reference
+from model.gpu_layout import far_outliers
 from model.gpu_matrix import Activations, GpuMatrix
 from model.llama import rope_table
 
 pytestmark = pytest.mark.gpu
+
+FAR = [(65, 575, 4.0, 12), (60, 600, 150.0, 11)]  # as MATRICES: outliers that do not fit a byte
 
 
 def steps_of(gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int) -> Plan:
@@ -59,7 +62,7 @@ def as_integers(m: CodedMatrix, device: Device, bytes_: Any, gpu: GpuMatrix) -> 
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("matrix", MATRICES + FAR)
 def test_matmul(
     kernels: Kernels,
     rng: np.random.Generator,
@@ -79,14 +82,13 @@ def test_matmul(
     run(device, steps_of(gpu, a, y, bytes_, tokens))
     q = decode_matrix(m)
 
-    # Bytes are the integers themselves, but for outliers that may not fit one.
-    got_q = as_integers(m, device, bytes_, gpu)
-    outlier = np.zeros(q.shape, bool)
-    row = np.repeat(np.arange(m.rows), m.outlier_counts)
-    outlier[row, m.outliers & 0xFFFF] = True
-    assert (got_q == q)[~outlier].all()
-    far = outlier & (np.abs(q) > 127 << (m.raw_bits if m.raw_bits > 2 else 0))
-    assert (got_q == q)[outlier & ~far & (np.abs(q) < 64)].all()
+    # Bytes are the integers themselves, less what is left to the product of those that may not fit.
+    far = far_outliers(m)
+    got_q, want_q = as_integers(m, device, bytes_, gpu), q.copy()
+    row = np.repeat(np.arange(m.rows), np.diff(far[: m.rows + 1].astype(np.int64)))
+    column, remainder = far[m.rows + 1 :] & 0xFFFF, far[m.rows + 1 :].view(np.int32) >> 16
+    want_q[row, column] -= remainder << m.raw_bits
+    assert (got_q == want_q).all()
 
     # A block's dot is exact; it is scaled and added in f32, once for every plane; then outliers and
     # the row's scale. Of an outlier both parts count.
@@ -95,6 +97,13 @@ def test_matmul(
     terms = np.abs(x) @ ((np.abs(q) + 2 * np.abs(q - got_q) + 255) * scale[:, None]).T
     roundings = 2 * 2 * gpu.n_blocks + int(m.outlier_counts.max()) + 4
     assert_close(got, x[:tokens] @ (q * scale[:, None]).T, roundings * F32 * terms[:tokens])
+
+
+def test_some_outliers_are_far() -> None:
+    every = [coded(np.random.default_rng(7), *matrix) for matrix in FAR]
+    assert [m.raw_bits for m in every] == [2, 4]  # one plane of bytes, two
+    for m in every:
+        assert 0 < far_outliers(m).size - (m.rows + 1) < m.outliers.size
 
 
 @pytest.mark.parametrize("limits", ["parts", "bytes"])
@@ -128,8 +137,6 @@ def test_matmul_of_whole_numbers_is_exact(
     kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """With scales of 1 every sum is a whole number below 2^24, which f32 holds: both tile sizes."""
-    from codec.matrix import encode_matrix
-
     device, tokens, cols = kernels.device, 129, 70
     monkeypatch.setattr(device, "software", False)
     q = np.round(rng.laplace(size=(rows, cols)) * 9).astype(np.int32)
