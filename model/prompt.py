@@ -26,15 +26,18 @@ _MIN_CHUNK = 25  # on an H100 three short passes of the default model take as lo
 
 _ROWS = 32  # pairs of token and head in a workgroup: shaders/attention_prompt.wgsl
 _MAX_HALF = 64  # of half_padded, there
-_WEIGHT_BYTES = 6144  # beside queries and a tile of keys, which alone attention_rows keeps too
+_WEIGHT_BYTES = 6144  # of weights and maxima, there
 _GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
 _BYTES = 32 << 20  # decoded at a time: what a large GPU's L2 cache holds
 _PART = 100  # launches that are submitted at once
 
 
-def tile_bytes(head_dim: int) -> int:
-    """Workgroup memory of attention_prompt."""
-    return 2 * _ROWS * 4 * (-(-head_dim // 8) * 8) + _WEIGHT_BYTES
+def attention_bytes(head_dim: int, *, tiled: bool) -> int:
+    """Workgroup memory of attention_prompt, or else of attention_rows."""
+    rows = (
+        2 * _ROWS * 4 * (-(-head_dim // 8) * 8)
+    )  # queries, and a tile of keys or the values so far
+    return rows + _WEIGHT_BYTES if tiled else rows
 
 
 class Prompt:
@@ -50,14 +53,18 @@ class Prompt:
         self.config = c = model.config
         self.kernels = model.kernels
         device = model.device
-        self._software = device.software
+        # Where workgroup memory is too small for tiles, a GPU takes the software adapter's kernel:
+        # it is slow there, but what is saved on the products is more.
+        room = device.workgroup_memory
+        self._tiled = not device.software and half_padded(c) <= _MAX_HALF
+        self._tiled &= attention_bytes(c.head_dim, tiled=True) <= room
         chunk = SOFTWARE_CHUNK if device.software else MAX_CHUNK
         self.min_tokens = 9 if device.software else _MIN_CHUNK
         self._round = 8 if device.software else 64  # plans are made for multiples of so many tokens
         self.max_tokens = n = min(chunk, -(-model.cache.max_pos // 128) * 128)
         self._attention_tokens = _ROWS // (c.n_heads // c.n_kv_heads)
         groups = c.n_kv_heads * -(-n // self._attention_tokens)
-        self._splits = 1 if device.software else min(4, -(-_GROUPS_WANTED // groups))
+        self._splits = min(4, -(-_GROUPS_WANTED // groups)) if self._tiled else 1
         matrices: list[GpuMatrix] = [m for layer in model.blocks for m in layer.matrices]
         self.state = device.empty("prompt.state", 4 * (4 + n))
         self.x = device.empty("prompt.x", 4 * n * c.dim)
@@ -82,17 +89,14 @@ class Prompt:
         """Whether the adapter can run these kernels for such a model."""
         c, device = model.config, model.device
         matrices = [m for layer in model.blocks for m in layer.matrices]
-        if c.n_heads // c.n_kv_heads > _ROWS:
+        if (
+            c.n_heads // c.n_kv_heads > _ROWS
+            or attention_bytes(c.head_dim, tiled=False) > device.workgroup_memory
+        ):
             return False
         if device.software:
-            return tile_bytes(c.head_dim) - _WEIGHT_BYTES <= device.workgroup_memory and all(
-                uniform_tokens(m.n_blocks) for m in matrices
-            )
-        return (
-            half_padded(c) <= _MAX_HALF
-            and tile_bytes(c.head_dim) <= device.workgroup_memory
-            and not any(m.whole_rows for m in matrices)
-        )
+            return all(uniform_tokens(m.n_blocks) for m in matrices)
+        return not any(m.whole_rows for m in matrices)
 
     def write_state(self, pos: int, tokens: Sequence[int]) -> None:
         """The next pass reads `tokens` (at most max_tokens) at positions pos, pos + 1, ..."""
@@ -207,11 +211,11 @@ class Prompt:
         c = self.config
         half_quads = half_padded(c) // 4
         overrides = dict(tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS)
-        if self._software:
-            kernel = self.kernels.get("attention_rows", **overrides)
-        else:
+        if self._tiled:
             overrides |= dict(half_quads=half_quads, n_splits=self._splits)
-            kernel = self.kernels.get("attention_prompt", **overrides)
+        kernel = self.kernels.get(
+            "attention_prompt" if self._tiled else "attention_rows", **overrides
+        )
         return Step(
             kernel.dispatch(
                 [c.n_kv_heads, 1, self._splits],

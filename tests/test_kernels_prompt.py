@@ -171,7 +171,8 @@ def test_cache_write_and_attention_prompt(
 ) -> None:
     device, max_pos, theta = kernels.device, 96, 10000.0
     half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
-    if name == "attention_prompt" and prompt.tile_bytes(head_dim) > device.workgroup_memory:
+    tiled = name == "attention_prompt"
+    if prompt.attention_bytes(head_dim, tiled=tiled) > device.workgroup_memory:
         pytest.skip(f"{device.name} has too little workgroup memory for heads of {head_dim}")
     all_heads = n_heads + 2 * n_kv_heads
     room = 64
@@ -201,7 +202,7 @@ def test_cache_write_and_attention_prompt(
     out = Activations.empty(device, "attn", room, 1, n_heads * head_dim)
     tokens_per_group = 32 // (n_heads // n_kv_heads)
     overrides = {}
-    if name == "attention_prompt":
+    if tiled:
         overrides = dict(half_quads=padded // 4, n_splits=n_splits)
     n_blocks = -(-n_heads * head_dim // 32)
     dispatches = [

@@ -16,7 +16,7 @@ from test_engine import tokens as tokens
 
 from engine.generate import Engine
 from model.llama import MAX_TOKENS
-from model.prompt import Prompt, tile_bytes
+from model.prompt import Prompt, attention_bytes
 from model.reference import Reference
 from weights.store import WeightsFile
 
@@ -103,6 +103,22 @@ def test_generation_goes_on_after_a_prompt_pass(
     assert (whole[len(prompt) - 1 : -1].max(axis=1) - chosen).max() <= slack
 
 
+def test_gpu_with_little_workgroup_memory(
+    files: dict[str, WeightsFile], engine_on: Callable[..., Engine], tokens: list[int]
+) -> None:
+    """Attention by rows in place of tiles; the products' kernels stay."""
+    device = open_device("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.prompt.attention_bytes", lambda _, tiled: (1 << 30) * tiled)
+        engine = Engine(files["plain"], device, context=CONTEXT)
+    model = engine._model
+    kernels = {d.kernel.name for plan in model.prompt.layers(70) for d in plan.dispatches}
+    assert {"attention_rows", "matmul", "decode_tile"} <= kernels
+    want = engine_on("gpu", "plain").logits(tokens[:70])
+    # The same positions' sums in another order: see test_prompt_passes_against_the_oracle.
+    assert rms(engine.logits(tokens[:70]) - want) <= 0.05 * rms(want)
+
+
 def test_interrupts_are_heard_between_passes(
     engine_on: Callable[..., Engine], tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,4 +151,6 @@ def test_where_there_is_no_prompt_path(
         with monkeypatch.context() as patch:
             patch.setattr(model.device, "workgroup_memory", 2048)
             assert not Prompt.fits(model)
-    assert tile_bytes(128) == 38 * 1024  # of the 48 KiB that graphics cards have
+    # Graphics cards have 32 KiB, most of them 48.
+    assert attention_bytes(128, tiled=False) == 32 * 1024
+    assert attention_bytes(128, tiled=True) == 38 * 1024
