@@ -14,6 +14,7 @@ const LANES = 8u;  // one AVX2 vector; the rows that interleave
 struct Params {
   first_row: u32,  // of the part's rows
   n_blocks: u32,
+  n_segments: u32,
   min_symbol: i32,
   max_symbol: i32,
   byte_rows: u32,

@@ -16,7 +16,6 @@ struct Params {
   rows_padded: u32,
   n_blocks: u32,
   n_segments: u32,
-  segment_blocks: u32,
   min_symbol: i32,
   max_symbol: i32,
   byte_rows: u32,
@@ -40,6 +39,10 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   let byte_row = group.x * 32u + local.x;
   let index = params.first_row + byte_row;
   let row = row_info[index];
+  let segment = group.y * segments_per_group + local.y;
+  let entry = entries[segment * params.rows_padded + index];
+  // The stream is on its way before the table, which all must wait for.
+  var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
   let first = first_entry(row_info[params.first_row + group.x * 32u]);
   for (var i = lane; i < n_states / 4u; i += lanes) {
     let four = table[first / 4u + i];
@@ -49,12 +52,8 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
     states[4u * i + 3u] = four.w;
   }
   workgroupBarrier();
-  let segment = group.y * segments_per_group + local.y;
-  if (segment >= params.n_segments) { return; }
-  let entry = entries[segment * params.rows_padded + index];
-  var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  let begin = 32u * segment * params.segment_blocks;
-  let end = min(begin + 32u * params.segment_blocks, 32u * params.n_blocks);
+  let begin = 32u * first_block(segment);
+  let end = 32u * first_block(segment + 1u);
   write_bytes(&s, begin, end, byte_row);
   add_near_outliers(row, begin, end, byte_row);
 }

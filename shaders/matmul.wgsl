@@ -17,6 +17,7 @@ struct Params {
   first_row: u32,  // their first in row_info
   y_rows: u32,
   n_blocks: u32,
+  n_segments: u32,
   byte_rows: u32,
 }
 

@@ -19,6 +19,7 @@ struct Params {
   y_rows: u32,
   first_token: u32,  // what the first of x is in y
   n_blocks: u32,
+  n_segments: u32,
   byte_rows: u32,
 }
 
