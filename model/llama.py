@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.device import Device
+from engine.errors import ConfigError
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan
 from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
@@ -61,6 +62,9 @@ class Llama:
     ) -> None:
         self.device = device
         self.config = c = weights.config
+        for field in ("qkv_bias", "qk_norm", "unrotated_layers", "sliding_layers"):
+            if getattr(c, field):
+                raise ConfigError(f"{weights.path}: the shaders cannot do {field} yet")
         self.kernels = Kernels(device)
         self.digits = EXACT_DIGITS if exact else INT8_DIGITS
         if weights.lossless:
@@ -107,7 +111,9 @@ class Llama:
         self.h = Activations.empty(device, "h", n, d, c.hidden_dim)
         self.down = first.down_proj.output("down", n)
         self.logits = self.lm_head.output("logits", n)
-        self.rope = device.upload("rope", rope_table(max_pos, c.head_dim, c.rope_theta))
+        self.rope = device.upload(
+            "rope", rope_table(max_pos, c.head_dim, c.rope_theta, c.rope_divisors)
+        )
 
         self.layers = {n: Plan(self._layers(n)) for n in (1, MAX_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
@@ -188,7 +194,7 @@ class Llama:
                 half_padded=half_padded(c),
                 max_pos=self.cache.max_pos,
                 tokens=tokens,
-                scale=c.head_dim**-0.5,
+                scale=c.score_scale,
             ),
             state=self.state,
             y=self.qkv.buffer,
@@ -235,11 +241,16 @@ class Llama:
         )
 
 
-def rope_table(max_pos: int, head_dim: int, theta: float) -> np.ndarray:
-    """cos and sin of position * theta^(-2i / head_dim): float32 (max_pos, head_dim / 2, 2).
+def rope_table(
+    max_pos: int, head_dim: int, theta: float, divisors: Sequence[float] = ()
+) -> np.ndarray:
+    """cos and sin of position * theta^(-2i / head_dim) / divisors[i], 1 if there are none.
+
+    float32 (max_pos, head_dim / 2, 2).
 
     A table, because a GPU's own sine is only good near zero, and angles reach the last position.
     """
     half = head_dim // 2
-    angles = np.arange(max_pos)[:, None] * theta ** (-np.arange(half) / half)
+    frequencies = theta ** (-np.arange(half) / half) / (np.array(divisors) if divisors else 1)
+    angles = np.arange(max_pos)[:, None] * frequencies
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)

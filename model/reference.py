@@ -9,7 +9,7 @@ Axes: n tokens, or any leading axes `...`; a matrix is (rows, cols) = (out, in) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -89,14 +89,16 @@ def matvec_int8(
     return y
 
 
-def rope(x: Floats, pos: int, theta: float) -> Floats:
+def rope(x: Floats, pos: int, theta: float, divisors: Sequence[float] = ()) -> Floats:
     """(n, heads, head_dim) at positions pos, pos + 1, ... -> the same shape, rotated.
+
+    `divisors`, if any, are what the head_dim / 2 frequencies are divided by.
 
     Pair i is (i, i + head_dim/2), as Hugging Face stores it: RoFormer eq. 34 up to a permutation.
     Angles are float64 whatever x is; in float32 they would be off by up to position * 2^-24.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-np.arange(half) / half)
+    frequencies = theta ** (-np.arange(half) / half) / (np.array(divisors) if divisors else 1)
     angles = np.arange(pos, pos + len(x))[:, None, None] * frequencies  # (n, 1, half)
     cos, sin = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
@@ -109,11 +111,19 @@ def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int
     v_cache[pos : pos + len(v)] = v
 
 
-def attention(q: Floats, k_cache: Floats, v_cache: Floats, pos: int) -> Floats:
+def attention(
+    q: Floats,
+    k_cache: Floats,
+    v_cache: Floats,
+    pos: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Floats:
     """(n, n_heads, head_dim) at positions pos, pos + 1, ... -> (n, n_heads * head_dim).
 
-    softmax(q k / sqrt(head_dim)) v over the cached positions up to the token's own. The caches are
-    (positions, n_kv_heads, head_dim); n_heads / n_kv_heads neighbouring heads share a key head.
+    softmax(scale q k) v, scale = 1 / sqrt(head_dim) by default, over the cached positions up to the
+    token's own: the last `window` of them, or all. The caches are (positions, n_kv_heads,
+    head_dim); n_heads / n_kv_heads neighbouring heads share a key head.
     """
     n, n_heads, head_dim = q.shape
     n_pos, n_kv_heads = pos + n, k_cache.shape[1]
@@ -128,12 +138,18 @@ def attention(q: Floats, k_cache: Floats, v_cache: Floats, pos: int) -> Floats:
         own = np.arange(pos, n_pos)[block, None]  # positions of these tokens
         seen = own[-1, 0] + 1  # by the last of them
         scores = q[:, :, block] @ k[..., :seen]  # (n_kv_heads, group, block, seen)
-        scores /= np.sqrt(q.dtype.type(head_dim))
-        np.copyto(scores, -np.inf, where=np.arange(seen) > own)
+        scores *= q.dtype.type(head_dim**-0.5 if scale is None else scale)
+        np.copyto(scores, -np.inf, where=~visible(own, np.arange(seen), window))
         scores -= np.max(scores, axis=-1, keepdims=True)
         weights = np.exp(scores, out=scores)
         mixed[:, :, block] = weights @ v[:, :, :seen] / np.sum(weights, axis=-1, keepdims=True)
     return mixed.transpose(2, 0, 1, 3).reshape(n, n_heads * head_dim)
+
+
+def visible(own: Integers, other: Integers, window: int | None) -> npt.NDArray[np.bool_]:
+    """Whether a token at position `own` sees position `other`; broadcast."""
+    seen: npt.NDArray[np.bool_] = other <= own
+    return seen if window is None else seen & (other > own - window)
 
 
 def swiglu(gate_up: Floats) -> Floats:
@@ -223,7 +239,7 @@ class Reference:
     @classmethod
     def from_source(cls, source: Source, **options: Any) -> Self:
         """The model before quantization, in float32: what quality is measured against."""
-        tensors = {name: source.tensors[name].read() for name in layout.vectors(source.config)}
+        tensors = {name: source.vector(name) for name in layout.vectors(source.config)}
         for matrix in layout.matrices(source.config):
             parts = [source.tensors[name].read() for name, _ in matrix.parts]
             tensors[matrix.name] = np.concatenate(parts)
@@ -249,10 +265,16 @@ class Reference:
 
             xn = rms_norm(x, t[f"{layer}.input_layernorm.weight"], c.norm_eps)
             qkv = self._product(f"{layer}.self_attn.qkv_proj", xn)
+            if c.qkv_bias:
+                qkv = qkv + t[f"{layer}.self_attn.qkv_proj.bias"]
             q, k, v = np.split(qkv.reshape(len(x), -1, c.head_dim), self._heads, axis=1)
-            q, k = rope(q, pos, c.rope_theta), rope(k, pos, c.rope_theta)
+            if c.qk_norm:
+                q = rms_norm(q, t[f"{layer}.self_attn.q_norm.weight"], c.norm_eps)
+                k = rms_norm(k, t[f"{layer}.self_attn.k_norm.weight"], c.norm_eps)
+            if c.is_rotated(i):
+                q, k = (rope(each, pos, c.rope_theta, c.rope_divisors) for each in (q, k))
             cache_write(k_cache, v_cache, k, v, pos)
-            attn = attention(q, k_cache, v_cache, pos)
+            attn = attention(q, k_cache, v_cache, pos, c.score_scale, c.window(i))
             x = x + self._product(f"{layer}.self_attn.o_proj", attn)
 
             xn = rms_norm(x, t[f"{layer}.post_attention_layernorm.weight"], c.norm_eps)

@@ -15,6 +15,7 @@ from safetensors.numpy import save, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from model.config import ModelConfig
+from weights.layout import source_shapes
 
 Array = npt.NDArray[np.float32]
 
@@ -66,6 +67,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, Array]:
     shapes["model.norm.weight"] = (dim,)
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, dim)
+    shapes |= {name: shape for name, shape in source_shapes(config).items() if name not in shapes}
     return {
         name: _bfloat16_exact(rng.standard_normal(shape) * 0.05) for name, shape in shapes.items()
     }

@@ -97,7 +97,7 @@ class WeightsFile:
         return self._matrices[name]
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """A vector of length dim, by its Hugging Face name."""
+        """A vector of weights/layout.py."""
         return self._entries[name].values
 
     def stored_bits(self, name: str) -> int:
@@ -221,9 +221,9 @@ def _check_tensors(container: Container, config: ModelConfig, matrices: Any, crc
             raise damaged(path, f"{name} is {found}, expected {dtype} of one dimension")
         if zlib.crc32(entry.values.data) != crc32[name]:
             raise damaged(path, f"the bytes of {name} do not match their CRC-32")
-    for name in layout.vectors(config):
-        if entries[name].shape != (config.dim,):
-            raise damaged(path, f"{name} has shape {entries[name].shape}, expected ({config.dim},)")
+    for name, size in layout.vectors(config).items():
+        if entries[name].shape != (size,):
+            raise damaged(path, f"{name} has shape {entries[name].shape}, expected ({size},)")
 
 
 def _matrix(container: Container, matrix: layout.Matrix, fields: Any) -> AnyMatrix:

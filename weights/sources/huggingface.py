@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import WeightsError
-from model.config import ModelConfig
 from weights.container import Entry, read_container
-from weights.sources.source import LazyTensor, Source
+from weights.sources.families import read_family
+from weights.sources.source import LazyTensor, Source, scaled
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -27,10 +27,11 @@ def open_folder(folder: Path) -> Source:
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     if generation.get("eos_token_id") is not None:
         hf_config["eos_token_id"] = generation["eos_token_id"]
+    family = read_family(hf_config)
     return Source(
         name=folder.resolve().name,
-        config=ModelConfig.from_hf(hf_config),
-        tensors=_open_tensors(folder),
+        config=family.config,
+        tensors=scaled(_open_tensors(folder), family),
         tokenizer_json=_read_bytes(folder / "tokenizer.json"),
         chat_template=_chat_template(folder),
     )
