@@ -191,7 +191,7 @@ _K_SCALES = {
 
 
 def gguf_blocks(values: Array, kind: gguf.GGMLQuantizationType) -> npt.NDArray[Any]:
-    """(rows, cols) as a GGUF stores them; of K-quants random blocks, the same for the same shape."""
+    """(rows, cols) as a GGUF stores them; of K-quants random blocks, the same for a shape."""
     if kind.name not in _K_SCALES:
         return quantize(values, kind)
     per_block, n_bytes = gguf.GGML_QUANT_SIZES[kind]

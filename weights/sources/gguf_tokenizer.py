@@ -1,4 +1,4 @@
-"""tokenizer.json rebuilt from a GGUF file, which has the tokens and only names how words are cut."""
+"""tokenizer.json rebuilt from a GGUF file, which has tokens and only names how words are cut."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from engine.errors import WeightsError
 # Kinds of tokens (`gguf.TokenType`): only normal ones are made of other tokens.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
-# Word patterns, from the tokenizer.json files published with Llama 3, Qwen 2 and Mistral Nemo; GPT-2
-# has its own in the library.
+# Word patterns, from the tokenizer.json files published with Llama 3, Qwen 2 and Mistral Nemo;
+# GPT-2 has its own in the library.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
