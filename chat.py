@@ -319,13 +319,15 @@ def _bits(text: str) -> float | str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="answer",
+        prog="answer chat",
         description="Chat with a language model whose weights stay entropy-coded in GPU memory.",
-        epilog='example: answer -p "Why is the sky blue?" -n 200',
+        epilog='example: answer chat -p "Why is the sky blue?" -n 200',
     )
     add = parser.add_argument
     count = _within(int, 1)
-    add("--model", default="smollm2", help="weights file or name of a model (%(default)s)")
+    model = "weights file or name of a model (smollm2)"
+    add("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=model)
+    add("--model", default="smollm2", metavar="MODEL", help="the same")
     add("--bits", type=_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=count, metavar="N", help="tokens of prompt and answer together")
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")

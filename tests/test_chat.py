@@ -149,7 +149,7 @@ def test_defaults_are_the_default_model_and_another_seed_each_time(use):
         (["--top-k", "-1"], "argument --top-k"),
         (["--seed", "-1"], "argument --seed"),
         (["-p", " \n"], "the prompt is empty"),
-        (["weights.safetensors"], "unrecognized arguments"),
+        (["a.safetensors", "b.safetensors"], "unrecognized arguments"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(use, capsys, flags, complaint):
@@ -159,7 +159,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(use, capsys, flags, c
     out, err = capsys.readouterr()
     assert exit_info.value.code == 2
     assert (out, opened) == ("", [])
-    assert err.splitlines()[-1].startswith("answer: error: ") and complaint in err
+    assert err.splitlines()[-1].startswith("answer chat: error: ") and complaint in err
 
 
 # Errors

@@ -82,7 +82,7 @@ def test_converted_hub_model_needs_no_hub(hub: Path, tmp_path: Path) -> None:
     assert path.name == f"owner--tiny-6bit-v{RECIPE_VERSION}.safetensors"
     shutil.rmtree(hub)
     assert cache.resolve("owner/tiny", bits=6) == path
-    with pytest.raises(WeightsError, match="owner/tiny.*not downloaded yet"):
+    with pytest.raises(WeightsError, match=r"owner/tiny.*not downloaded yet"):
         cache.resolve("owner/tiny", bits=5)
 
 

@@ -20,7 +20,15 @@ from codec.lossless import AnyMatrix, LosslessMatrix
 from engine.errors import ConfigError, WeightsError
 from model.config import ModelConfig
 from weights import layout, parts
-from weights.container import Container, ContainerWriter, Entry, damaged, read_container, replacing
+from weights.container import (
+    Container,
+    ContainerWriter,
+    Entry,
+    damaged,
+    read_container,
+    release_pages,
+    replacing,
+)
 
 FORMAT = "answer"
 FORMAT_VERSION = "3"
@@ -80,8 +88,7 @@ class WeightsFile:
 
     def release_pages(self) -> None:
         """Give back the memory of what has been read; whoever needs it again reads it again."""
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+        release_pages(self._mapped)
 
     @property
     def matrix_names(self) -> list[str]:
@@ -182,7 +189,7 @@ def _checked_metadata(container: Container) -> Mapping[str, str]:
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"{path}: a safetensors file, but not of this engine; "
-            "convert the model's folder with `python -m weights.convert FOLDER OUT`"
+            "convert the model's folder with `answer convert FOLDER OUT`"
         )
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:

@@ -17,8 +17,8 @@ __all__ = ["PACKAGED", "LazyTensor", "Source", "open_source"]
 def open_source(spec: str | Path) -> Source:
     """A Hugging Face folder, a GGUF file, or a name: a packaged model's, or OWNER/NAME of the hub.
 
-    A path wins over a name. Reads sizes, names and the tokenizer, but no weights yet. WeightsError: not found, damaged or
-    incomplete; ConfigError: an architecture that does not work.
+    A path wins over a name. Reads sizes, names and the tokenizer, but no weights yet.
+    WeightsError: not found, damaged or incomplete; ConfigError: an architecture that does not work.
     """
     path = Path(spec)
     if path.is_dir():

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import WeightsError
-from weights.container import Entry, read_container
+from weights.container import Container, Entry, read_container, release_pages
 from weights.sources.families import read_family
 from weights.sources.source import LazyTensor, Source, scaled
 
@@ -60,16 +60,23 @@ def _open_tensors(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _shard_tensors(path: Path) -> dict[str, LazyTensor]:
-    entries = read_container(path).entries
+    container = read_container(path)
     return {
-        name: LazyTensor(entry.shape, partial(_to_float32, path, name, entry))
-        for name, entry in entries.items()
+        name: LazyTensor(entry.shape, partial(_read, container, name))
+        for name, entry in container.entries.items()
     }
+
+
+def _read(container: Container, name: str) -> npt.NDArray[np.float32]:
+    values = _to_float32(container.path, name, container.entries[name])
+    release_pages(container.mapped)  # or all of the file would come to lie in memory
+    return values
 
 
 def _to_float32(path: Path, name: str, entry: Entry) -> npt.NDArray[np.float32]:
     if entry.dtype == "BF16":  # the upper half of a float32
-        bits = entry.values.astype(np.uint32) << np.uint32(16)
+        bits = entry.values.astype(np.uint32)
+        bits <<= np.uint32(16)
         return bits.view(np.float32)
     if entry.dtype in ("F16", "F32", "F64"):
         return entry.values.astype(np.float32)

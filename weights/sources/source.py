@@ -80,7 +80,9 @@ def scaled(tensors: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyT
     """The tensors, multiplied by the factors that their family says."""
 
     def read(tensor: LazyTensor, factor: float) -> npt.NDArray[np.float32]:
-        return tensor.read() * np.float32(factor)
+        values = tensor.read()
+        values *= np.float32(factor)
+        return values
 
     return {
         name: tensor
