@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from engine.device import Device
-from engine.errors import ConfigError
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan
 from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
@@ -44,6 +43,12 @@ class Layer:
         self.post_attention_layernorm = vector("post_attention_layernorm")
         self.gate_up_proj = matrix("mlp.gate_up_proj")
         self.down_proj = matrix("mlp.down_proj")
+        c = weights.config
+        added = ["qkv_proj.bias"] * c.qkv_bias + ["q_norm.weight", "k_norm.weight"] * c.qk_norm
+        self.heads = None  # what shaders/qkv_heads.wgsl does to q, k and v, if anything
+        if added:
+            vectors = [weights.tensor(f"{name}.self_attn.{suffix}") for suffix in added]
+            self.heads = kernels.device.upload(f"{name}.heads", np.concatenate(vectors))
 
     @property
     def matrices(self) -> tuple[GpuMatrix, ...]:
@@ -62,9 +67,6 @@ class Llama:
     ) -> None:
         self.device = device
         self.config = c = weights.config
-        for field in ("qkv_bias", "qk_norm", "unrotated_layers", "sliding_layers"):
-            if getattr(c, field):
-                raise ConfigError(f"{weights.path}: the shaders cannot do {field} yet")
         self.kernels = Kernels(device)
         self.digits = EXACT_DIGITS if exact else INT8_DIGITS
         if weights.lossless:
@@ -111,9 +113,16 @@ class Llama:
         self.h = Activations.empty(device, "h", n, d, c.hidden_dim)
         self.down = first.down_proj.output("down", n)
         self.logits = self.lm_head.output("logits", n)
-        self.rope = device.upload(
-            "rope", rope_table(max_pos, c.head_dim, c.rope_theta, c.rope_divisors)
-        )
+        self.heads: Output | None = None
+        if c.qkv_bias or c.qk_norm:
+            self.heads = Output(device.empty("heads", 4 * n * (c.q_dim + 2 * c.kv_dim)), 1)
+        turns = rope_table(max_pos, c.head_dim, c.rope_theta, c.rope_divisors)
+        self.rope = device.upload("rope", turns)
+        self.no_rope = None  # layers without RoPE turn by nothing
+        if c.unrotated_layers:
+            self.no_rope = device.upload(
+                "no_rope", np.ones_like(turns) * np.array([1, 0], np.float32)
+            )
 
         self.layers = {n: Plan(self._layers(n)) for n in (1, MAX_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
@@ -134,7 +143,11 @@ class Llama:
             keys, values = self.cache.keys[i], self.cache.values[i]
             yield self._rms_norm(previous, layer.input_layernorm, tokens)
             yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n)
-            yield self._attention(keys, values, tokens)
+            qkv = self.qkv
+            if self.heads is not None:
+                yield self._qkv_heads(layer.heads, self.heads, tokens)
+                qkv = self.heads
+            yield self._attention(i, qkv, keys, values, tokens)
             yield self._attention_combine(tokens)
             yield from layer.o_proj.matvec(self.attn, self.o, **n)
 
@@ -174,13 +187,33 @@ class Llama:
             x_scale=self.xn.scale,
         )
 
-    def _attention(self, keys: Any, values: Any, tokens: int) -> Dispatch:
+    def _qkv_heads(self, weights: Any, heads: Output, tokens: int) -> Dispatch:
+        c = self.config
+        kernel = self.kernels.get(
+            "qkv_heads", biased=c.qkv_bias, normed=c.qk_norm, splits=self.qkv.splits, lanes=32
+        )
+        return kernel.dispatch(
+            [c.n_heads + 2 * c.n_kv_heads, tokens],
+            dict(
+                n_heads=c.n_heads,
+                n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
+                tokens=tokens,
+                eps=c.norm_eps,
+            ),
+            y=self.qkv.buffer,
+            weights=weights,
+            out=heads.buffer,
+        )
+
+    def _attention(self, layer: int, qkv: Output, keys: Any, values: Any, tokens: int) -> Dispatch:
         c = self.config
         lanes, per_lane = self._attention_shape
         kernel = self.kernels.get(
             "attention",
             cache_f32=self.cache.f32,
-            splits=self.qkv.splits,
+            splits=qkv.splits,
+            window=c.window(layer) or 0,
             lanes=lanes,
             per_lane=per_lane,
             n_splits=self._splits,
@@ -197,8 +230,8 @@ class Llama:
                 scale=c.score_scale,
             ),
             state=self.state,
-            y=self.qkv.buffer,
-            rope=self.rope,
+            y=qkv.buffer,
+            rope=self.rope if c.is_rotated(layer) else self.no_rope,
             k_cache=keys,
             v_cache=values,
             partial=self.partial,

@@ -105,6 +105,20 @@ def rope(x: Floats, pos: int, theta: float, divisors: Sequence[float] = ()) -> F
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def qkv_heads(c: ModelConfig, qkv: Floats, bias: Floats | None, norms: Sequence[Floats]) -> Floats:
+    """(n, rows of q | k | v) -> the heads (n, heads, head_dim): with the bias (rows,) if any, and
+    the heads of q and of k, not those of v, through RMSNorms of `norms` (head_dim,), if any.
+    """
+    if bias is not None:
+        qkv = qkv + bias
+    heads = qkv.reshape(len(qkv), -1, c.head_dim)
+    if not norms:
+        return heads
+    q, k, v = np.split(heads, (c.n_heads, c.n_heads + c.n_kv_heads), axis=1)
+    normed = [rms_norm(x, w, c.norm_eps) for x, w in zip((q, k), norms, strict=True)]
+    return np.concatenate([*normed, v], axis=1)
+
+
 def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int) -> None:
     """Stores keys and values (n, n_kv_heads, head_dim) at `pos`, rounded to the cache's type."""
     k_cache[pos : pos + len(k)] = k
@@ -265,12 +279,10 @@ class Reference:
 
             xn = rms_norm(x, t[f"{layer}.input_layernorm.weight"], c.norm_eps)
             qkv = self._product(f"{layer}.self_attn.qkv_proj", xn)
-            if c.qkv_bias:
-                qkv = qkv + t[f"{layer}.self_attn.qkv_proj.bias"]
-            q, k, v = np.split(qkv.reshape(len(x), -1, c.head_dim), self._heads, axis=1)
-            if c.qk_norm:
-                q = rms_norm(q, t[f"{layer}.self_attn.q_norm.weight"], c.norm_eps)
-                k = rms_norm(k, t[f"{layer}.self_attn.k_norm.weight"], c.norm_eps)
+            bias = t[f"{layer}.self_attn.qkv_proj.bias"] if c.qkv_bias else None
+            norms = [t[f"{layer}.self_attn.{part}_norm.weight"] for part in "qk" if c.qk_norm]
+            qkv = qkv_heads(c, qkv, bias, norms)
+            q, k, v = np.split(qkv, (c.n_heads, c.n_heads + c.n_kv_heads), axis=1)
             if c.is_rotated(i):
                 q, k = (rope(each, pos, c.rope_theta, c.rope_divisors) for each in (q, k))
             cache_write(k_cache, v_cache, k, v, pos)
@@ -283,11 +295,6 @@ class Reference:
         self.n_past += len(x)
         xn = rms_norm(x, t["model.norm.weight"], c.norm_eps)
         return self._product("model.embed_tokens" if c.tie_embeddings else "lm_head", xn)
-
-    @property
-    def _heads(self) -> tuple[int, int]:
-        """Where q ends and where k ends among the heads of the fused product."""
-        return self.config.n_heads, self.config.n_heads + self.config.n_kv_heads
 
     def _product(self, name: str, x: Floats) -> Floats:
         """W x; int8 activations enter as the numbers that they stand for."""

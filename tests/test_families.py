@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,44 @@ def test_what_a_family_adds_survives_the_file(
     assert_close(
         Reference.from_weights(file, cache_dtype=np.float32).logits(ids), logits, TOLERANCE
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_engine_computes_what_transformers_computes(
+    name: str, tmp_path: Path, assert_close: AssertClose
+) -> None:
+    from engine.generate import Engine
+
+    source, ids, logits = golden(name, tmp_path)
+    path = tmp_path / "model.safetensors"
+    convert(source, path, "lossless", progress=False)
+    engine = Engine.open(path, exact=True)
+    assert_close(engine.logits(ids), logits, 1e-3)
+    # A token at a time, in passes of their own.
+    greedy = int(np.argmax(logits[-1]))
+    assert list(engine.generate(ids, 1, stop_ids=[])) == [greedy]
+    (second,) = engine.generate([*ids, greedy], 1, stop_ids=[])
+    wanted = Reference.from_source(source, cache_dtype=np.float32).logits([*ids, greedy])[-1]
+    assert wanted[second] > wanted.max() - 2e-3
+
+
+@pytest.mark.gpu
+def test_engine_slides_its_window_over_many_tiles(
+    tmp_path: Path, assert_close: AssertClose
+) -> None:
+    from engine.generate import Engine
+
+    source = golden("mistral", tmp_path)[0]
+    config = dataclasses.replace(
+        source.config, sliding_window=70, max_seq_len=300, sliding_layers=(1,)
+    )
+    source = dataclasses.replace(source, config=config)
+    path = tmp_path / "model.safetensors"
+    convert(source, path, "lossless", progress=False)
+    ids = np.random.default_rng(0).integers(2, 97, 213).tolist()
+    wanted = Reference.from_source(source, cache_dtype=np.float32).logits(ids)
+    assert_close(Engine.open(path, exact=True).logits(ids), wanted, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["granite", "mistral", "qwen2", "qwen3", "smollm3"])
