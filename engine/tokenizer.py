@@ -27,7 +27,9 @@ class Tokenizer:
     ) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
-        except Exception as error:  # tokenizers raises nothing more precise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers' own are plain Exceptions; its panics not even
             raise WeightsError(f"tokenizer.json cannot be read: {error}") from None
         top = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if top >= config.vocab_size:

@@ -46,11 +46,11 @@ class ModelConfig:
     sliding_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in _SIZES:
+        for field, most in _SIZES.items():
             value = getattr(self, field)
-            if not _is_int(value) or value < 1:
+            if not _is_int(value) or not 1 <= value <= most:
                 raise ConfigError(
-                    f"config: {field} is {value!r}, expected a whole number of at least 1"
+                    f"config: {field} is {value!r}, expected a whole number from 1 to {most}"
                 )
         for field in ("rope_theta", "norm_eps"):
             value = getattr(self, field)
@@ -178,16 +178,18 @@ _OPTIONAL = {
     if field.default is not dataclasses.MISSING
 }
 _LISTS = {"eos_token_ids", "rope_divisors", "unrotated_layers", "sliding_layers"}
-_SIZES = (
-    "dim",
-    "hidden_dim",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "vocab_size",
-    "max_seq_len",
-)
+# Far beyond what models have: a damaged number is named before anybody counts up to it.
+MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 16
+_SIZES = {
+    "dim": 1 << 31,
+    "hidden_dim": 1 << 31,
+    "n_layers": MAX_LAYERS,
+    "n_heads": 1 << 31,
+    "n_kv_heads": 1 << 31,
+    "head_dim": MAX_HEAD_DIM,
+    "vocab_size": 1 << 31,
+    "max_seq_len": 1 << 31,
+}
 
 
 def _is_int(value: Any) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
-from model.config import ModelConfig
+from model.config import MAX_HEAD_DIM, MAX_LAYERS, ModelConfig
 
 _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2048,
@@ -93,7 +93,7 @@ def read_family(hf: Mapping[str, Any], where: str = "config.json") -> Family:
     `where` begins each message.
     """
     kind = hf.get("model_type", "none")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise ConfigError(f"{where}: model_type is {kind!r}; {SUPPORTED}")
     for key, only in _FIXED.items():
         if hf.get(key, only) != only:
@@ -103,9 +103,9 @@ def read_family(hf: Mapping[str, Any], where: str = "config.json") -> Family:
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing or not a whole number")
     n_heads, n_layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-    for key in ("num_attention_heads", "num_hidden_layers"):
-        if hf[key] < 1:
-            raise ConfigError(f"{where}: {key} is {hf[key]}, expected at least 1")
+    for key, most in (("num_attention_heads", 1 << 31), ("num_hidden_layers", MAX_LAYERS)):
+        if not 1 <= hf[key] <= most:
+            raise ConfigError(f"{where}: {key} is {hf[key]}, expected 1 to {most}")
     n_kv_heads, head_dim, eos = (
         hf.get(key) for key in ("num_key_value_heads", "head_dim", "eos_token_id")
     )
@@ -221,8 +221,10 @@ def _rope(hf: Mapping[str, Any], head_dim: Any, where: str) -> tuple[Any, tuple[
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, (), 1.0
-    if not _is_int(head_dim) or head_dim < 2 or not isinstance(_as_float(theta), float):
-        raise ConfigError(f"{where}: head_dim is {head_dim!r}, rope_theta {theta!r}")
+    if not _is_int(head_dim) or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise ConfigError(f"{where}: head_dim is {head_dim!r}, expected 2 to {MAX_HEAD_DIM}")
+    if not isinstance(_as_float(theta), float):
+        raise ConfigError(f"{where}: rope_theta is {theta!r}, expected a number")
     half = head_dim // 2
 
     def number(key: str, default: float | None = None) -> float:
