@@ -20,6 +20,7 @@ from model.kv_cache import KVCache, half_padded
 from weights.store import WeightsFile
 
 MAX_TOKENS = 8  # that one pass may carry; shaders/shared/state.wgsl
+CHECK_TOKENS = 4, MAX_TOKENS  # of passes that check guesses
 INT8_DIGITS, EXACT_DIGITS = 1, 3  # shaders/shared/dot.wgsl
 
 
@@ -52,8 +53,8 @@ class Layer:
 class Llama:
     """The model on one device, with room for `max_pos` positions.
 
-    `layers[tokens]` is the plan of all blocks for a pass of 1 or MAX_TOKENS tokens; `last_head`
-    gives the logits of the pass's last token (in row 0), `all_heads` those of all MAX_TOKENS.
+    `layers[tokens]` is the plan of all blocks for a pass of 1, 4 or MAX_TOKENS tokens; `last_head`
+    gives the logits of the pass's last token (in row 0), `heads[tokens]` those of all of them.
     """
 
     def __init__(
@@ -109,14 +110,19 @@ class Llama:
         self.logits = self.lm_head.output("logits", n)
         self.rope = device.upload("rope", rope_table(max_pos, c.head_dim, c.rope_theta))
 
-        self.layers = {n: Plan(self._layers(n)) for n in (1, MAX_TOKENS)}
+        self.layers = {n: Plan(self._layers(n)) for n in (1, *CHECK_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
-        self.all_heads = Plan(self._head(MAX_TOKENS, MAX_TOKENS))
+        self.heads = {n: Plan(self._head(n, n)) for n in CHECK_TOKENS}
 
-    def write_state(self, pos: int, tokens: Sequence[int], seed: int = 0) -> None:
-        """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ..."""
+    def write_state(
+        self, pos: int, tokens: Sequence[int], seed: int = 0, n_sampled: int = 0
+    ) -> None:
+        """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ...
+
+        What is drawn from then on goes to places `n_sampled`, ... of the sampler's ring.
+        """
         state = np.zeros(4 + MAX_TOKENS, np.uint32)
-        state[:4] = pos, len(tokens), 0, seed
+        state[:4] = pos, len(tokens), n_sampled, seed
         state[4 : 4 + len(tokens)] = tokens
         self.device.write(self.state, state)
 
