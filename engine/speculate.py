@@ -20,6 +20,7 @@ LOOKUP, MODEL = "lookup", "model"  # what drafts come from
 
 _LONGEST = 32  # tokens that a match is followed back
 _CANDIDATES = 16  # latest places where the last two tokens stood that are looked at
+_COSTS = 8  # checks whose time is remembered
 _LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)  # matches from one to the next of these count as alike
 
 
@@ -121,10 +122,12 @@ class Policy:
 
     sizes: tuple[int, ...]  # tokens of a pass that checks, least first
     credit: float = 4.0
-    # The least of the last eight: a machine that was busy once must not discredit checks for ever.
-    # (The first is a guess, on the low side, so that there are some to measure.)
+    # What the last checks took; the least of them counts: a machine that was busy once must
+    # not discredit checks for ever.
     _costs: dict[Draft, deque[float]] = field(default_factory=dict)
-    _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+    # Of the last submits: (steps, seconds). Several are under way at once and often end at once, so
+    # that only their mean says what a step takes.
+    _steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=16))
 
     _MAX_CREDIT = 4.0
     _CREDIT_PER_STEP = 0.015  # so in the long run 1.5 % are lost at most
@@ -137,7 +140,7 @@ class Policy:
         now, a draft model, it is tried once in a while though it has been found wanting.
         """
         best, best_gain = None, self._WORTH
-        if self.credit <= 0 or not self._step_seconds:
+        if self.credit <= 0 or not self._steps:
             return None
         for source, of_tokens in shares.items():
             for n in self.sizes:
@@ -154,16 +157,21 @@ class Policy:
 
     def stepped(self, n_steps: int, seconds: float) -> None:
         """Single steps were taken."""
-        self._step_seconds.append(seconds / n_steps)
+        self._steps.append((n_steps, seconds))
         self.credit = min(self._MAX_CREDIT, self.credit + self._CREDIT_PER_STEP * n_steps)
 
     def checked(self, draft: Draft, n_tokens: int, seconds: float) -> None:
         """A check yielded `n_tokens`, at least the one that a step does."""
-        self._cost(draft)
-        self._costs[draft].append(seconds / min(self._step_seconds))
-        gained = n_tokens - self._cost(draft)
-        self.credit = min(self._MAX_CREDIT, self.credit + gained)
+        costs = self._costs.setdefault(draft, deque(maxlen=_COSTS))
+        n_steps, step_seconds = map(sum, zip(*self._steps, strict=True))
+        costs.append(seconds * n_steps / step_seconds)
+        # (No pass takes longer than its tokens one by one, but the first may be held up.)
+        lost = min(*costs, draft.n_tokens) - n_tokens
+        self.credit = min(self._MAX_CREDIT, self.credit - lost)
 
     def _cost(self, draft: Draft) -> float:
-        guess = 1 + draft.n_tokens * (0.12 if draft.source == LOOKUP else 0.4)
-        return min(self._costs.setdefault(draft, deque([guess], maxlen=8)))
+        costs = self._costs.get(draft, ())
+        if len(costs) == _COSTS:
+            return min(costs)
+        # Till then a guess as well, on the low side, so that there are some to measure.
+        return min([1 + draft.n_tokens * (0.12 if draft.source == LOOKUP else 0.4), *costs])
