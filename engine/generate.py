@@ -16,8 +16,10 @@ from engine.device import Device, Readback
 from engine.errors import EngineError
 from engine.plan import Plan, run
 from engine.sampler import RING, Sampler, Sampling
+from engine.session import load_session, save_session
 from engine.speculate import LOOKUP, MODEL, Chance, Draft, Lookup, Policy
 from engine.tokenizer import Tokenizer
+from model.kv_cache import KVCache
 from model.llama import CHECK_TOKENS, MAX_TOKENS, Llama
 from weights.cache import resolve
 from weights.convert import Bits
@@ -224,6 +226,36 @@ class Engine:
             speculate,
         )
         return self._active
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """What the cache holds, from position 0 on; a prompt that begins with it is read faster."""
+        return list(self._cached)
+
+    @property
+    def cache(self) -> KVCache:
+        return self._model.cache
+
+    def save_session(self, path: str | Path, note: str = "") -> int:
+        """Write the tokens read so far and the cache of them; returns how many there are.
+
+        The file appears whole or not at all. `note` comes back from `load_session`.
+        """
+        self._stop_active()
+        return save_session(self, Path(path), note)
+
+    def load_session(self, path: str | Path) -> str:
+        """Go on from where `save_session` was called, also with another context or adapter.
+
+        Returns the note. EngineError, with nothing changed, when the file is damaged or of another
+        model or mode, or longer than the context.
+        """
+        tokens, tensors, note = load_session(self, Path(path))
+        self._stop_active()
+        self._cached = []
+        self.cache.write(self.device, tensors)
+        self._cached = tokens
+        return note
 
     def _check_draft(self, draft: WeightsFile) -> None:
         """EngineError unless the draft model means the same by every token."""

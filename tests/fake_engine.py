@@ -99,6 +99,8 @@ class FakeGeneration:
             prompt_seconds=0.5,
             generated_tokens=0,
             generate_seconds=0.25,
+            drafted_tokens=0,
+            accepted_tokens=0,
             finish_reason=None,
         )
 
