@@ -129,6 +129,7 @@ class Chat:
     sampling: Sampling
     conversation: Conversation
     show_stats: bool = True
+    slide: bool = False  # where the context is full, an answer goes on without its middle
     _last_stats: str = "no answer yet"
 
     def greet(self) -> None:
@@ -168,7 +169,7 @@ class Chat:
         stream = self.engine.tokenizer.stream()
         ids, text, interrupted = [], "", False
         max_tokens = self.conversation.max_tokens
-        generation = self.engine.generate(prompt, max_tokens, self.sampling)
+        generation = self.engine.generate(prompt, max_tokens, self.sampling, slide=self.slide)
         try:
             for token in generation:
                 piece = stream.push(token)
@@ -192,6 +193,11 @@ class Chat:
             say(f"the context of {self.engine.context} tokens is full: the answer ends here")
         elif stats.finish_reason == "length":
             say(f"stopped after {_count(max_tokens, 'token')} (-n)")
+        if stats.slides:
+            say(
+                f"the context was full {_count(stats.slides, 'time')}: its beginning and latest "
+                "half were read again, what stood between was forgotten"
+            )
         self._last_stats = _figures(stats, self.engine.context)
         if self.show_stats:
             say(self._last_stats)
@@ -367,6 +373,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2", help="weights file or name of a model (%(default)s)")
     add("--bits", type=_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=count, metavar="N", help="tokens of prompt and answer together")
+    overflow = (
+        "full context: end the answer (stop), or read its latest half again and go on (slide)"
+    )
+    add("--overflow", choices=("stop", "slide"), default="stop", help=overflow)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--draft", metavar="MODEL", help="a smaller model of the same family that guesses for it")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")
@@ -414,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draft=args.draft,
         )
         talk = Conversation(engine.tokenizer, engine.context, args.max_tokens, args.system)
-        chat = Chat(engine, args.model, sampling, talk, not args.no_stats)
+        chat = Chat(engine, args.model, sampling, talk, not args.no_stats, args.overflow == "slide")
         chat.greet()
         return chat.loop(line_reader()) if prompt is None else chat.answer(prompt)
     except EngineError as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,10 +12,11 @@ import wgpu
 
 from engine.device import Device, Readback
 from engine.errors import EngineError
+from engine.generation import Generation, Stats
 from engine.plan import Plan, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
-from engine.speculate import LOOKUP, MODEL, Chance, Draft, Lookup, Policy
+from engine.speculate import LOOKUP, Chance, Draft, Lookup, Policy
 from engine.tokenizer import Tokenizer
 from model.kv_cache import KVCache
 from model.llama import CHECK_TOKENS, MAX_TOKENS, Llama
@@ -48,19 +47,7 @@ class Memory:
         return self.weights_bytes + self.cache_bytes + self.scratch_bytes
 
 
-@dataclass
-class Stats:
-    """What one generation took. The first answer token counts as the prompt's time."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0  # of the prompt: already in the cache
-    prompt_seconds: float = 0.0
-    generated_tokens: int = 0
-    generate_seconds: float = 0.0
-    checks: int = 0  # passes over drafted tokens
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0  # of those drafted
-    finish_reason: str | None = None  # "stop", "length", "context"; None: unfinished
+__all__ = ["Engine", "Generation", "Memory", "Stats"]
 
 
 class Engine:
@@ -206,13 +193,14 @@ class Engine:
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] | None = None,
         speculate: bool = True,
+        slide: bool = False,
     ) -> Generation:
         """Iterate over at most `max_tokens` ids that follow `token_ids`.
 
         A stop id (by default the model's end-of-sequence ids) ends the iteration and is not part of
         it. What the cache already holds of the prompt is not computed again. `speculate`: guess
         tokens and check several a pass, where that is faster; the text stays the same, but for
-        ties within rounding.
+        ties within rounding. `slide`: where the context is full, go on without the middle of it.
         """
         self._check(token_ids)
         self._stop_active()
@@ -224,6 +212,7 @@ class Engine:
             sampling or Sampling(),
             frozenset(stops),
             speculate,
+            slide,
         )
         return self._active
 
@@ -364,127 +353,3 @@ def _encode(encoder: Any, plans: Sequence[Plan]) -> None:
         for plan in plans:
             plan.replay(compute_pass)
         compute_pass.end()
-
-
-@dataclass
-class _Submitted:
-    """Work that the GPU has been given."""
-
-    readback: Readback
-    n_steps: int  # tokens that it will draw; of a check the least
-    draft: Draft | None
-    time: float
-
-
-class Generation:
-    """An iterator of token ids. `stats` is up to date at every token; `close` ends it at once."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        token_ids: list[int],
-        max_tokens: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        speculate: bool,
-    ) -> None:
-        self.stats = Stats(prompt_tokens=len(token_ids))
-        self._engine, self._sampling, self._speculate = engine, sampling, speculate
-        self._tokens = self._run(token_ids, max_tokens, stop_ids)
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        return next(self._tokens)
-
-    def close(self) -> None:
-        self._tokens.close()
-
-    def _run(self, token_ids: list[int], max_tokens: int, stop_ids: frozenset[int]) -> Any:
-        # The prompt's own last pass samples the first token; each further token takes one step,
-        # whose input must still have a position.
-        engine, stats = self._engine, self.stats
-        room = engine.context - len(token_ids) + 1
-        wanted = min(max_tokens, room)
-        if wanted < 1:
-            stats.finish_reason = "length"
-            return
-        start = waited = time.perf_counter()
-        stats.reused_tokens = engine._read_prompt(token_ids, self._sampling)
-        engine._cached = list(token_ids)
-        # The prompt's own: nothing left to compute, to be shown at once.
-        pending = deque([_Submitted(engine._submit(), 0, None, start)])
-        if self._speculate:
-            engine._lookup.begin(token_ids)
-        read = previous = 0
-        submitted = n_steps = 1
-        while read < wanted:
-            draft = self._choose(wanted - read) if read else None
-            if draft is None:
-                # Few at first: where a draft is worth a check, what is under way is waited for.
-                while submitted < wanted and len(pending) <= engine._submits_ahead:
-                    n = min(n_steps, wanted - submitted)
-                    now = time.perf_counter()
-                    pending.append(_Submitted(engine._submit_steps(n), n, None, now))
-                    submitted += n
-                    n_steps = min(2 * n_steps, engine._tokens_per_submit)
-            elif not pending:
-                now = time.perf_counter()
-                readback = engine._submit_check(draft, previous, self._sampling, read)
-                pending.append(_Submitted(readback, 1, draft, now))
-                n_steps = 1
-            done = pending.popleft()
-            ring = done.readback.read()
-            now = time.perf_counter()
-            tokens = [int(ring[i % RING]) for i in range(read, int(ring[RING]))]
-            if self._speculate:
-                self._learn(done, tokens, now - max(waited, done.time))
-            waited = now
-            if done.draft:
-                submitted = read + len(tokens)
-                if engine._draft and done.draft.source == MODEL:  # it has read what it drafted
-                    engine._draft._cached = [*engine._cached, previous, *tokens[:-1]]
-            for token in tokens:
-                read += 1
-                now = time.perf_counter()
-                if read == 1:
-                    stats.prompt_seconds = now - start
-                    start = now
-                else:
-                    engine._cached.append(previous)  # it was this step's input
-                    stats.generate_seconds = now - start
-                if token in stop_ids:
-                    stats.finish_reason = "stop"
-                    return
-                stats.generated_tokens += 1
-                previous = token
-                yield token
-        stats.finish_reason = "length" if wanted == max_tokens else "context"
-
-    def _choose(self, most: int) -> Draft | None:
-        """What to check next, of at most `most` tokens."""
-        if not self._speculate:
-            return None
-        engine = self._engine
-        shares = {LOOKUP: engine._lookup.shares(MAX_TOKENS - 1)}
-        if engine._draft is not None and len(engine._cached) + MAX_TOKENS <= engine._draft.context:
-            shares[MODEL] = [engine._draft_chance.share] * (MAX_TOKENS - 1)
-        return engine._policy.choose(shares, most)
-
-    def _learn(self, done: _Submitted, tokens: list[int], seconds: float) -> None:
-        engine, stats = self._engine, self.stats
-        for token in tokens:
-            engine._lookup.add(token)
-        if done.draft is None:
-            if done.n_steps:
-                engine._policy.stepped(done.n_steps, seconds)
-            return
-        n_drafted, n_right = done.draft.n_tokens - 1, len(tokens) - 1
-        stats.checks += 1
-        stats.drafted_tokens += n_drafted
-        stats.accepted_tokens += n_right
-        engine._policy.checked(done.draft, len(tokens), seconds)
-        if done.draft.source == MODEL:
-            for i in range(min(n_right + 1, n_drafted)):
-                engine._draft_chance.add(i < n_right)

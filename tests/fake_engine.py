@@ -63,7 +63,7 @@ class FakeEngine:
         self.config = SimpleNamespace(n_params=134_515_008)
         self.weights = SimpleNamespace(bits_per_weight=lambda block_only: 4.125)
         self.adapter_name = "Fake adapter"
-        self.prompts, self.max_tokens, self.sampling = [], None, None
+        self.prompts, self.max_tokens, self.sampling, self.slide = [], None, None, None
         self.cached = []
 
     def memory(self):
@@ -74,11 +74,11 @@ class FakeEngine:
             total_bytes=91_500_000,
         )
 
-    def generate(self, ids, max_tokens, sampling):
+    def generate(self, ids, max_tokens, sampling, slide):
         if len(ids) >= self.context:
             raise EngineError("prompt longer than the context")
         self.prompts.append(ids)
-        self.max_tokens, self.sampling = max_tokens, sampling
+        self.max_tokens, self.sampling, self.slide = max_tokens, sampling, slide
         n_common = next(
             (i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b),
             min(len(ids), len(self.cached)),
@@ -101,6 +101,7 @@ class FakeGeneration:
             generate_seconds=0.25,
             drafted_tokens=0,
             accepted_tokens=0,
+            slides=0,
             finish_reason=None,
         )
 

@@ -515,3 +515,40 @@ def test_a_draft_model_of_another_tokenizer_is_refused(
     other = dataclasses.replace(files["other"], tokenizer_json=changed)
     with pytest.raises(EngineError, match=r"other.safetensors: cannot draft for .*model.safetens"):
         Engine(files["model"], Device.open(), draft=other)
+
+
+# A full context
+
+
+@gpu
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_a_full_context_slides(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    """As if what is kept had been given as a prompt, over and over, with other noise each time."""
+    monkeypatch.setattr(engine, "context", 40)
+    text, want, seed = list(prompt), [], sampling.seed
+    for _ in range(4):
+        each = dataclasses.replace(sampling, seed=seed)
+        answer = list(engine.generate(text, 99, each, stop_ids=(), speculate=False))
+        assert len(text) + len(answer) == 41  # the last one needs no place
+        want += answer
+        text = [*text, *answer]
+        text = [*text[:5], *text[-20:]]  # an eighth and a half
+        seed = (seed + 0x9E3779B9) % 2**32
+    told(engine, monkeypatch, [*prompt, *want])
+    for n, slides in ((len(want), 3), (len(want) - 1, 3), (12, 0), (13, 1)):
+        generation = engine.generate(prompt, n, sampling, stop_ids=(), slide=True)
+        assert list(generation) == want[:n]
+        assert generation.stats.slides == slides
+        assert generation.stats.finish_reason == "length"
+        assert generation.stats.prompt_tokens == len(prompt)
+
+
+@gpu
+@pytest.mark.parametrize("context", [1, 2, 9])
+def test_the_least_contexts_slide(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, context: int
+) -> None:
+    monkeypatch.setattr(engine, "context", context)
+    assert len(list(engine.generate([7], 30, stop_ids=(), slide=True))) == 30
