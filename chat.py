@@ -143,14 +143,12 @@ class Chat:
 
     def describe(self) -> str:
         """Model, adapter and sizes, in two lines."""
-        engine, memory = self.engine, self.engine.memory()
+        engine = self.engine
         bits = engine.weights.bits_per_weight(block_only=False)
-        sizes = memory.total_bytes, memory.weights_bytes, memory.cache_bytes, memory.scratch_bytes
-        total, weights, cache, scratch = (f"{size / 1e6:,.1f}" for size in sizes)
         return (
             f"{self.name}: {engine.config.n_params / 1e6:,.1f} M parameters, {bits:.2f} bit/weight,"
             f" context {engine.context} tokens, on {engine.adapter_name}\n"
-            f"memory {total} MB: weights {weights}, cache {cache}, scratch {scratch}"
+            f"memory {engine.memory()}"
         )
 
     def answer(self, message: str) -> int:

@@ -178,9 +178,9 @@ def decode_streams(m: CodedMatrix) -> npt.NDArray[np.int32]:
         visited, raw = decoder.run(n_steps(m.cols, m.group))
         entries = tables.ravel()[visited]
         _check_ends(m, chunk, decoder.consumed - entry_nbits(entries[-1], m.log2_states))
-        q[chunk] = from_groups(
-                entries, m.log2_states, m.group, raw, m.raw_bits, m.min_symbol
-            )[: m.cols].T
+        q[chunk] = from_groups(entries, m.log2_states, m.group, raw, m.raw_bits, m.min_symbol)[
+            : m.cols
+        ].T
     return q
 
 

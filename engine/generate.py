@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,8 +10,9 @@ import numpy as np
 import wgpu
 
 from engine.device import Device, Readback
-from engine.errors import EngineError
+from engine.errors import EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
+from engine.memory import Memory, check_room, no_room
 from engine.plan import Plan, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
@@ -25,26 +25,6 @@ from weights.convert import Bits
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the device."""
-
-    weights_bytes: int
-    cache_bytes: int
-    scratch_bytes: int
-
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(
-            self.weights_bytes + other.weights_bytes,
-            self.cache_bytes + other.cache_bytes,
-            self.scratch_bytes + other.scratch_bytes,
-        )
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.scratch_bytes
 
 
 __all__ = ["Engine", "Generation", "Memory", "Stats"]
@@ -76,8 +56,13 @@ class Engine:
         self.tokenizer = Tokenizer(weights.tokenizer_json, weights.chat_template, self.config)
         if draft is not None:
             self._check_draft(draft)
+        check_room(weights, device, self.context, exact)
         before = device.allocated_bytes
-        self._model = Llama(device, weights, self.context, exact=exact)
+        try:
+            self._model = Llama(device, weights, self.context, exact=exact)
+        except OutOfMemoryError as error:
+            room = device.allocated_bytes - before  # what it gave till then
+            raise no_room(weights, device, self.context, exact, room) from error
         weights.release_pages()  # they are on the device now
         self._sampler = Sampler(
             self._model.kernels,

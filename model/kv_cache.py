@@ -39,8 +39,8 @@ class KVCache:
 
     @classmethod
     def empty(cls, device: Device, config: ModelConfig, max_pos: int, f32: bool) -> KVCache:
-        shape = config.n_kv_heads, max_pos, 2 if f32 else 1, half_padded(config)
-        size = 4 * math.prod(shape)
+        shape = cls._shape(config, max_pos, f32)
+        size = cls.buffer_bytes(config, max_pos, f32)
         names = [f"layers.{i}" for i in range(config.n_layers)]
         return cls(
             max_pos,
@@ -49,6 +49,15 @@ class KVCache:
             [device.empty(f"{name}.v_cache", size) for name in names],
             shape,
         )
+
+    @staticmethod
+    def _shape(config: ModelConfig, max_pos: int, f32: bool) -> tuple[int, ...]:
+        return config.n_kv_heads, max_pos, 2 if f32 else 1, half_padded(config)
+
+    @classmethod
+    def buffer_bytes(cls, config: ModelConfig, max_pos: int, f32: bool) -> int:
+        """Of each layer's keys, and of its values."""
+        return 4 * math.prod(cls._shape(config, max_pos, f32))
 
     @property
     def _buffers(self) -> Iterator[tuple[str, Any]]:

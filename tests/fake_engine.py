@@ -67,12 +67,7 @@ class FakeEngine:
         self.cached = []
 
     def memory(self):
-        return SimpleNamespace(
-            weights_bytes=70_000_000,
-            cache_bytes=20_000_000,
-            scratch_bytes=1_500_000,
-            total_bytes=91_500_000,
-        )
+        return "91.5 MB: weights 70.0, cache 20.0, scratch 1.5"
 
     def generate(self, ids, max_tokens, sampling, slide):
         if len(ids) >= self.context:
