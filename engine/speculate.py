@@ -20,7 +20,6 @@ LOOKUP, MODEL = "lookup", "model"  # what drafts come from
 
 _LONGEST = 32  # tokens that a match is followed back
 _CANDIDATES = 16  # latest places where the last two tokens stood that are looked at
-_COSTS = 8  # checks whose time is remembered
 _LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)  # matches from one to the next of these count as alike
 
 
@@ -162,16 +161,15 @@ class Policy:
 
     def checked(self, draft: Draft, n_tokens: int, seconds: float) -> None:
         """A check yielded `n_tokens`, at least the one that a step does."""
-        costs = self._costs.setdefault(draft, deque(maxlen=_COSTS))
+        costs = self._costs.setdefault(draft, deque(maxlen=8))
         n_steps, step_seconds = map(sum, zip(*self._steps, strict=True))
         costs.append(seconds * n_steps / step_seconds)
-        # (No pass takes longer than its tokens one by one, but the first may be held up.)
-        lost = min(*costs, draft.n_tokens) - n_tokens
-        self.credit = min(self._MAX_CREDIT, self.credit - lost)
+        self.credit = min(self._MAX_CREDIT, self.credit + n_tokens - self._cost(draft))
 
     def _cost(self, draft: Draft) -> float:
         costs = self._costs.get(draft, ())
-        if len(costs) == _COSTS:
+        if len(costs) > 1:
             return min(costs)
-        # Till then a guess as well, on the low side, so that there are some to measure.
+        # At first a guess as well, on the low side, so that there are some to measure; and the very
+        # first may be held up, by a prompt that the draft model has not read.
         return min([1 + draft.n_tokens * (0.12 if draft.source == LOOKUP else 0.4), *costs])

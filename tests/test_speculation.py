@@ -117,6 +117,20 @@ def test_dear_checks_are_not_made() -> None:
     assert policy.choose({LOOKUP: [0.99] * 7}, 100) is None
 
 
+def test_a_draft_model_as_slow_as_the_model_is_given_up() -> None:
+    """Though all that it drafts is right."""
+    policy, n_tried = Policy((4, 8)), 0
+    policy.stepped(1, 1.0)
+    for _ in range(200):
+        draft = policy.choose({MODEL: [0.99] * 7}, 100)
+        if draft is None:
+            policy.stepped(1, 1.0)
+        else:
+            n_tried += 1
+            policy.checked(draft, draft.n_tokens, 1.3 * draft.n_tokens)
+    assert n_tried <= 6
+
+
 def test_one_slow_check_does_not_end_speculation() -> None:
     policy = Policy((4, 8))
     policy.stepped(1, 1.0)
