@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
 import math
 import os
 import secrets
@@ -32,6 +33,8 @@ COMMANDS = '''\
 /edit TEXT      say TEXT in place of the last message
 /system [TEXT]  set the system prompt, from the next message on; without TEXT: take it away
 /set NAME=VALUE temperature, top_k, top_p, min_p, seed or max_tokens; without NAME: show them
+/save FILE      write the conversation, with all that the model has read of it
+/load FILE      go on with a conversation that was saved
 /stats          the model, the last answer's statistics, the length of the conversation
 /exit           leave, as Ctrl-D does
 Ctrl-C stops an answer. To send a message that starts with /, put a space before it. Alt-Enter
@@ -104,6 +107,22 @@ class Conversation:
             self._read = text + answer, ids + answer_ids
             self.turns.append((message, answer))
 
+    def to_json(self) -> str:
+        return json.dumps({"system": self.system, "turns": self.turns, "read": self._read})
+
+    def from_json(self, text: str) -> None:
+        """Take the place of this conversation; EngineError, with nothing changed, if it is none."""
+        try:
+            saved = json.loads(text)
+            system, read = saved["system"], saved["read"]
+            turns = [(str(message), str(answer)) for message, answer in saved["turns"]]
+            read = read and (str(read[0]), [int(token) for token in read[1]])
+        except (ValueError, TypeError, LookupError):
+            raise EngineError(
+                "a session, but of no chat: it was saved by another program"
+            ) from None
+        self.system, self.turns, self._read = system, turns, read
+
     def _encode(self, turns: list[tuple[str, str]], message: str) -> tuple[str, list[int]]:
         """Prompt of `turns` and `message` as (text, token ids).
 
@@ -135,6 +154,7 @@ class Chat:
     sampling: Sampling
     conversation: Conversation
     show_stats: bool = True
+    slide: bool = False  # where the context is full, an answer goes on without its middle
     _last_stats: str = "no answer yet"
 
     def greet(self) -> None:
@@ -153,14 +173,12 @@ class Chat:
 
     def describe(self) -> str:
         """Model, adapter and sizes, in two lines."""
-        engine, memory = self.engine, self.engine.memory()
+        engine = self.engine
         bits = engine.weights.bits_per_weight(block_only=False)
-        sizes = memory.total_bytes, memory.weights_bytes, memory.cache_bytes, memory.scratch_bytes
-        total, weights, cache, scratch = (f"{size / 1e6:,.1f}" for size in sizes)
         return (
             f"{self.name}: {engine.config.n_params / 1e6:,.1f} M parameters, {bits:.2f} bit/weight,"
             f" context {engine.context} tokens, on {engine.adapter_name}\n"
-            f"memory {total} MB: weights {weights}, cache {cache}, scratch {scratch}"
+            f"memory {engine.memory()}"
         )
 
     def answer(self, message: str) -> int:
@@ -179,7 +197,7 @@ class Chat:
         stream = self.engine.tokenizer.stream()
         ids, text, interrupted = [], "", False
         max_tokens = self.conversation.max_tokens
-        generation = self.engine.generate(prompt, max_tokens, self.sampling)
+        generation = self.engine.generate(prompt, max_tokens, self.sampling, slide=self.slide)
         try:
             for token in generation:
                 piece = stream.push(token)
@@ -202,6 +220,11 @@ class Chat:
             say(f"the context of {self.engine.context} tokens is full: the answer ends here")
         elif stats.finish_reason == "length":
             say(f"stopped after {_count(max_tokens, 'token')} (-n)")
+        if stats.slides:
+            say(
+                f"the context was full {_count(stats.slides, 'time')}: its beginning and latest "
+                "half were read again, what stood between was forgotten"
+            )
         self._last_stats = _figures(stats, self.engine.context)
         if self.show_stats:
             say(self._last_stats)
@@ -226,6 +249,8 @@ class Chat:
             case "/system":
                 self.conversation.system = text or None
                 say(f"system prompt: {text}" if text else "the system prompt is taken away")
+            case "/save" | "/load":
+                self.keep(name, text)
             case "/stats":
                 turns = _count(len(self.conversation.turns), "turn")
                 say(f"{self.describe()}\n{self._last_stats}\nconversation of {turns}")
@@ -277,6 +302,21 @@ class Chat:
             say(str(error))
         else:
             say(f"{name}={value}")
+
+    def keep(self, name: str, path: str) -> None:
+        """/save or /load."""
+        talk = self.conversation
+        try:
+            if not path:
+                raise EngineError(f"{name} needs the name of a file")
+            if name == "/save":
+                n_tokens = self.engine.save_session(path, talk.to_json())
+                say(f"saved: {_count(n_tokens, 'token')} in {path}")
+            else:
+                talk.from_json(self.engine.load_session(path))
+                say(f"loaded: a conversation of {_count(len(talk.turns), 'turn')}")
+        except EngineError as error:  # the conversation goes on as it was
+            say(f"error: {error}", dim=False)
 
     def loop(self, read_line: Callable[[], str]) -> int:
         """Talks until the user leaves; `read_line` raises at Ctrl-C and Ctrl-D as input() does."""
@@ -448,9 +488,12 @@ def _figures(stats: Stats, context: int) -> str:
     n_new = n_prompt - stats.reused_tokens
     # The first token's time is the prompt's; a stop token took time but is none of the answer's.
     n_steps = n_answer - (stats.finish_reason != "stop")
+    guessed = ""
+    if stats.drafted_tokens:
+        guessed = f" guessed {stats.drafted_tokens}, {stats.accepted_tokens} right;"
     return (
         f"prompt {_count(n_prompt, 'token')}, {n_new} new{_rate(n_new, stats.prompt_seconds)};"
-        f" answer {_count(n_answer, 'token')}{_rate(n_steps, stats.generate_seconds)};"
+        f" answer {_count(n_answer, 'token')}{_rate(n_steps, stats.generate_seconds)};{guessed}"
         f" context {min(n_prompt + n_answer, context)} of {context}"
     )
 
@@ -493,7 +536,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2", metavar="MODEL", help="the same")
     add("--bits", type=_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=count, metavar="N", help="tokens of prompt and answer together")
+    overflow = (
+        "full context: end the answer (stop), or read its latest half again and go on (slide)"
+    )
+    add("--overflow", choices=("stop", "slide"), default="stop", help=overflow)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
+    add("--draft", metavar="MODEL", help="a smaller model of the same family that guesses for it")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")
     add("-p", "--prompt", help="answer this and leave; - reads stdin, as a pipe without -p does")
     add("-s", "--system", metavar="TEXT", help="system prompt")
@@ -531,10 +579,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed = secrets.randbits(32) if args.seed is None else args.seed
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, seed)
         engine = Engine.open(
-            args.model, exact=args.exact, context=args.context, adapter=args.adapter, bits=args.bits
+            args.model,
+            exact=args.exact,
+            context=args.context,
+            adapter=args.adapter,
+            bits=args.bits,
+            draft=args.draft,
         )
         talk = Conversation(engine.tokenizer, engine.context, args.max_tokens, args.system)
-        chat = Chat(engine, args.model, sampling, talk, not args.no_stats)
+        chat = Chat(engine, args.model, sampling, talk, not args.no_stats, args.overflow == "slide")
         chat.greet()
         return chat.loop(line_reader(chat.count)) if prompt is None else chat.answer(prompt)
     except EngineError as error:

@@ -53,6 +53,12 @@ class Tokenizer:
             if token_id is not None and (token := self._tokenizer.id_to_token(token_id)) is not None
         }
 
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Every token's text and id."""
+        vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return vocab
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens spelled out in it count as such.
 

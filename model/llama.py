@@ -20,6 +20,7 @@ from model.kv_cache import KVCache, half_padded
 from weights.store import WeightsFile
 
 MAX_TOKENS = 8  # that one pass may carry; shaders/shared/state.wgsl
+CHECK_TOKENS = 4, MAX_TOKENS  # of passes that check guesses
 INT8_DIGITS, EXACT_DIGITS = 1, 3  # shaders/shared/dot.wgsl
 
 
@@ -45,10 +46,10 @@ class Layer:
         self.down_proj = matrix("mlp.down_proj")
         c = weights.config
         added = ["qkv_proj.bias"] * c.qkv_bias + ["q_norm.weight", "k_norm.weight"] * c.qk_norm
-        self.heads = None  # what shaders/qkv_heads.wgsl does to q, k and v, if anything
+        self.qkv_added = None  # what shaders/qkv_heads.wgsl does to q, k and v, if anything
         if added:
             vectors = [weights.tensor(f"{name}.self_attn.{suffix}") for suffix in added]
-            self.heads = kernels.device.upload(f"{name}.heads", np.concatenate(vectors))
+            self.qkv_added = kernels.device.upload(f"{name}.qkv_added", np.concatenate(vectors))
 
     @property
     def matrices(self) -> tuple[GpuMatrix, ...]:
@@ -58,8 +59,8 @@ class Layer:
 class Llama:
     """The model on one device, with room for `max_pos` positions.
 
-    `layers[tokens]` is the plan of all blocks for a pass of 1 or MAX_TOKENS tokens; `last_head`
-    gives the logits of the pass's last token (in row 0), `all_heads` those of all MAX_TOKENS.
+    `layers[tokens]` is the plan of all blocks for a pass of 1, 4 or MAX_TOKENS tokens; `last_head`
+    gives the logits of the pass's last token (in row 0), `heads[tokens]` those of all of them.
     """
 
     def __init__(
@@ -113,9 +114,9 @@ class Llama:
         self.h = Activations.empty(device, "h", n, d, c.hidden_dim)
         self.down = first.down_proj.output("down", n)
         self.logits = self.lm_head.output("logits", n)
-        self.heads: Output | None = None
+        self.qkv_heads: Output | None = None
         if c.qkv_bias or c.qk_norm:
-            self.heads = Output(device.empty("heads", 4 * n * (c.q_dim + 2 * c.kv_dim)), 1)
+            self.qkv_heads = Output(device.empty("qkv_heads", 4 * n * (c.q_dim + 2 * c.kv_dim)), 1)
         turns = rope_table(max_pos, c.head_dim, c.rope_theta, c.rope_divisors)
         self.rope = device.upload("rope", turns)
         self.no_rope = None  # layers without RoPE turn by nothing
@@ -124,14 +125,19 @@ class Llama:
                 "no_rope", np.ones_like(turns) * np.array([1, 0], np.float32)
             )
 
-        self.layers = {n: Plan(self._layers(n)) for n in (1, MAX_TOKENS)}
+        self.layers = {n: Plan(self._layers(n)) for n in (1, *CHECK_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
-        self.all_heads = Plan(self._head(MAX_TOKENS, MAX_TOKENS))
+        self.heads = {n: Plan(self._head(n, n)) for n in CHECK_TOKENS}
 
-    def write_state(self, pos: int, tokens: Sequence[int], seed: int = 0) -> None:
-        """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ..."""
+    def write_state(
+        self, pos: int, tokens: Sequence[int], seed: int = 0, n_sampled: int = 0
+    ) -> None:
+        """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ...
+
+        What is drawn from then on goes to places `n_sampled`, ... of the sampler's ring.
+        """
         state = np.zeros(4 + MAX_TOKENS, np.uint32)
-        state[:4] = pos, len(tokens), 0, seed
+        state[:4] = pos, len(tokens), n_sampled, seed
         state[4 : 4 + len(tokens)] = tokens
         self.device.write(self.state, state)
 
@@ -144,9 +150,9 @@ class Llama:
             yield self._rms_norm(previous, layer.input_layernorm, tokens)
             yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n)
             qkv = self.qkv
-            if self.heads is not None:
-                yield self._qkv_heads(layer.heads, self.heads, tokens)
-                qkv = self.heads
+            if self.qkv_heads is not None:
+                yield self._qkv_heads(layer.qkv_added, self.qkv_heads, tokens)
+                qkv = self.qkv_heads
             yield self._attention(i, qkv, keys, values, tokens)
             yield self._attention_combine(tokens)
             yield from layer.o_proj.matvec(self.attn, self.o, **n)

@@ -64,22 +64,17 @@ class FakeEngine:
         self.config = SimpleNamespace(n_params=134_515_008)
         self.weights = SimpleNamespace(bits_per_weight=lambda block_only: 4.125)
         self.adapter_name = "Fake adapter"
-        self.prompts, self.max_tokens, self.sampling = [], None, None
+        self.prompts, self.max_tokens, self.sampling, self.slide = [], None, None, None
         self.cached = []
 
     def memory(self):
-        return SimpleNamespace(
-            weights_bytes=70_000_000,
-            cache_bytes=20_000_000,
-            scratch_bytes=1_500_000,
-            total_bytes=91_500_000,
-        )
+        return "91.5 MB: weights 70.0, cache 20.0, scratch 1.5"
 
-    def generate(self, ids, max_tokens, sampling):
+    def generate(self, ids, max_tokens, sampling, slide):
         if len(ids) >= self.context:
             raise EngineError("prompt longer than the context")
         self.prompts.append(ids)
-        self.max_tokens, self.sampling = max_tokens, sampling
+        self.max_tokens, self.sampling, self.slide = max_tokens, sampling, slide
         n_common = next(
             (i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b),
             min(len(ids), len(self.cached)),
@@ -100,6 +95,9 @@ class FakeGeneration:
             prompt_seconds=0.5,
             generated_tokens=0,
             generate_seconds=0.25,
+            drafted_tokens=0,
+            accepted_tokens=0,
+            slides=0,
             finish_reason=None,
         )
 

@@ -111,12 +111,14 @@ def test_flags_reach_the_engine(use):
     engine = FakeEngine("abcdef")
     opened = use(engine)
     words = "--model m.safetensors --bits 3.25 --context 512 --adapter H100 --exact -n 3 -t 0.5"
-    words += " --top-k 40 --top-p 0.9 --min-p 0.05 --seed 7 -s Rhyme -p Hi"
+    words += " --draft d.safetensors --overflow slide --top-k 40"
+    words += " --top-p 0.9 --min-p 0.05 --seed 7 -s Rhyme -p Hi"
     assert chat.main(words.split()) == 0
     options = {"exact": True, "context": 512, "adapter": "H100", "bits": 3.25}
+    options["draft"] = "d.safetensors"
     assert opened == [("m.safetensors", options)]
     assert engine.sampling == (0.5, 40, 0.9, 0.05, 7)
-    assert engine.max_tokens == 3
+    assert engine.max_tokens == 3 and engine.slide
     assert engine.prompt_text() == chatml("Hi", system="Rhyme")
 
 
@@ -127,6 +129,7 @@ def test_defaults_are_the_default_model_and_another_seed_each_time(use):
         opened = use(engine)
         assert chat.main(["-p", "Hi"]) == 0
         options = {"exact": False, "context": None, "adapter": None, "bits": None}
+        options["draft"] = None
         assert opened == [("smollm2", options)]
         *sampling, seed = engine.sampling
         assert sampling == [0.5, 0, 1.0, 0.1]
@@ -305,7 +308,7 @@ def test_ctrl_c_closes_the_generation():
     engine = FakeEngine([*b"two", KeyboardInterrupt()])
     made = []
     generate = engine.generate
-    engine.generate = lambda *args: made.append(generate(*args)) or made[-1]
+    engine.generate = lambda *args, **options: made.append(generate(*args, **options)) or made[-1]
     talk(engine, "a")
     assert [generation.closed for generation in made] == [True]
 
@@ -395,6 +398,20 @@ def test_a_message_that_leaves_room_for_one_token_is_sent(capsys):
     assert f"the context of {SMALL} tokens is full: the answer ends here" in err
 
 
+def test_a_context_that_slid_is_said(capsys):
+    engine = FakeEngine("one")
+    made = engine.generate
+
+    def generate(*args, **options):
+        generation = made(*args, **options)
+        generation.stats.slides = 2
+        return generation
+
+    engine.generate = generate
+    talk(engine, "a")
+    assert "the context was full 2 times: its beginning and latest half" in capsys.readouterr().err
+
+
 def test_a_chat_goes_on_after_an_answer_that_filled_the_context(capsys):
     engine = FakeEngine("y" * SMALL, "two", context=SMALL)
     talk(engine, "a", "b")
@@ -474,12 +491,13 @@ def test_unknown_command_is_one_line_and_not_sent(capsys):
 
 def test_retry_draws_another_answer_to_the_same_message():
     engine = FakeEngine("One.", "Two.", "Three.")
-    seeds = []
-    generate = engine.generate
-    engine.generate = lambda ids, n, sampling: (
-        seeds.append(sampling.seed),
-        generate(ids, n, sampling),
-    )[1]
+    seeds, generate = [], engine.generate
+
+    def noted(ids, max_tokens, sampling, **options):
+        seeds.append(sampling.seed)
+        return generate(ids, max_tokens, sampling, **options)
+
+    engine.generate = noted
     sampling = FakeSampling(0.5, 0, 1.0, 0.1, 2**32 - 1)
     assert talk(engine, "a", "b", "/retry", sampling=sampling) == 0
     assert engine.prompt_text(2) == engine.prompt_text(1) == chatml("a", "One.", "b")

@@ -5,6 +5,7 @@ Opening checks every fact on which a decoder relies, so that the shaders need no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import zlib
@@ -45,6 +46,7 @@ class WeightsFile:
     chat_template: str | None
     tokenizer_json: bytes
     size_bytes: int
+    identity: str  # of the model as it is here: hex, the same for files with the same contents
     _entries: Mapping[str, Entry]
     _matrices: Mapping[str, AnyMatrix]
     _mapped: mmap.mmap
@@ -81,6 +83,7 @@ class WeightsFile:
             chat_template=metadata.get("chat_template"),
             tokenizer_json=tokenizer_json,
             size_bytes=container.size_bytes,
+            identity=_identity(metadata),
             _entries=container.entries,
             _matrices=matrices,
             _mapped=container.mapped,
@@ -176,6 +179,12 @@ def _header_bound(config: ModelConfig, metadata: Mapping[str, str]) -> int:
     of_matrices = set().union(*(kind.parts for kind in parts.KINDS))
     names += [f"{matrix.name}.{part}" for matrix in layout.matrices(config) for part in of_matrices]
     return len(json.dumps(metadata)) + sum(3 * len(name) + 150 for name in names)
+
+
+def _identity(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the sizes and of every tensor's checksum."""
+    contents = [metadata["config"], metadata["matrices"], metadata["crc32"]]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def _metadata_crc32(metadata: Mapping[str, str]) -> int:
