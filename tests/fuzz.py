@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from tiny_model import (
 from codec.lossless import LosslessMatrix, decode_lossless
 from codec.matrix import decode_matrix
 from engine.errors import EngineError
+from engine.session import load_session, save_session
 from engine.tokenizer import Tokenizer
 from weights.convert import CalibrationText, convert
 from weights.sources import open_source
@@ -157,6 +158,23 @@ class Files:
             self.matrices.append(contents(WeightsFile.open(path)))
         self.gguf = write_gguf(folder / "good.gguf", SMALL, tensors).read_bytes()
         self.shard = (self.hf / "model.safetensors").read_bytes()
+        self.engine: Any = SimpleNamespace(  # as much of one as sessions know
+            exact=False,
+            context=64,
+            config=SMALL,
+            cached_tokens=[3, 4, 5],
+            device=None,
+            weights=SimpleNamespace(identity="tiny", source="tiny"),
+            cache=SimpleNamespace(
+                shapes=lambda n: {"layers.0.keys": (2, n, 4), "layers.0.values": (2, n, 4)},
+                read=lambda device, n: [
+                    (f"layers.0.{part}", np.full((2, n, 4), 7, np.uint32))
+                    for part in ("keys", "values")
+                ],
+            ),
+        )
+        save_session(self.engine, folder / "good.session", "a note")
+        self.session = (folder / "good.session").read_bytes()
 
     def write(self, name: str, data: bytes) -> Path:
         path = self.folder / name
@@ -279,6 +297,14 @@ def template(files: Files, rng: Rng) -> None:
         assert isinstance(found.chat_prompt([{"role": "user", "content": "hi"}]), str)
 
 
+def session(files: Files, rng: Rng) -> None:
+    path = files.write("fuzz.session", damaged(files.session, rng))
+    with refused_in_one_line():
+        tokens, tensors, note = load_session(files.engine, path)
+        assert (tokens, note) == ([3, 4, 5], "a note"), "opened, but holds something else"
+        assert all((values == 7).all() for values in tensors.values())
+
+
 TARGETS: dict[str, Callable[[Files, Rng], None]] = {
     function.__name__: function
     for function in (
@@ -289,6 +315,7 @@ TARGETS: dict[str, Callable[[Files, Rng], None]] = {
         config,
         tokenizer,
         template,
+        session,
     )
 }
 
