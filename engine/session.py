@@ -3,8 +3,8 @@
 A safetensors file: `tokens` u32 (n_tokens,), and for every layer `layers.{i}.keys` and `.values`,
 u32, in the cache's own layout with n_tokens positions. Metadata: `format`, `format_version`,
 `model` (its identity), `source` (its name), `activations`, `note`, a text that whoever saves may
-add, and `crc32` of every tensor and of the note (JSON). Half of a reading is of no use to another model, nor to
-the same one in another mode, so a file says what it belongs to.
+add, and `crc32` of every tensor and of the note (JSON). Half of a reading is of no use to another
+model, nor to the same one in another mode, so a file says what it belongs to.
 """
 
 from __future__ import annotations
