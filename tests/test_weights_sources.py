@@ -35,6 +35,8 @@ from weights.sources import open_source
 from weights.sources.families import read_family
 from weights.sources.packaged import model_path
 
+GOLDEN = Path(__file__).parent / "golden"
+
 # Rows of whole 32-blocks, as Q8_0 needs them.
 CONFIG_Q8 = dataclasses.replace(
     CONFIG, dim=64, hidden_dim=96, n_heads=8, n_kv_heads=2, head_dim=12, tie_embeddings=False
@@ -362,6 +364,23 @@ def test_gguf_rebuilds_a_sentencepiece_tokenizer(tmp_path: Path, prefix: bool) -
         assert tokenizer.decode(tokenizer.encode(text)[1:]).replace("<s> ", "<s>") == text
         stream = tokenizer.stream()
         assert "".join(map(stream.push, tokenizer.encode(text)[1:])).replace("<s> ", "<s>") == text
+
+
+def test_gguf_sentencepiece_cuts_texts_as_sentencepiece_does(tmp_path: Path) -> None:
+    golden = json.loads((GOLDEN / "sentencepiece.json").read_text("utf-8"))
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        _sentencepiece(writer)
+        keys = writer.kv_data[0]
+        for key, name in (("tokens", "pieces"), ("scores", "scores"), ("token_type", "kinds")):
+            keys[f"tokenizer.ggml.{key}"].value = golden[name]
+
+    config = dataclasses.replace(CONFIG, vocab_size=len(golden["pieces"]))
+    source = open_source(_gguf_with(tmp_path / "t.gguf", edit, config))
+    tokenizer = Tokenizer(source.tokenizer_json, None, source.config)
+    for text, ids in golden["texts"]:
+        assert tokenizer.encode(text) == [1, *ids], text
+        assert tokenizer.decode(ids) == text
 
 
 def _gguf_with(
