@@ -1,4 +1,4 @@
-"""Makes tests/golden/sentencepiece.json: a small Llama-like tokenizer and what sentencepiece makes of texts.
+"""Makes tests/golden/sentencepiece.json: a small tokenizer and what sentencepiece makes of texts.
 
     pip install sentencepiece
     python tests/golden/make_sentencepiece.py
