@@ -225,6 +225,19 @@ def test_llama3_divides_low_frequencies_alone() -> None:
         ({"model_type": "smollm3", "num_key_value_heads": 6, "no_rope_layers": [1]}, "3 of 0 and"),
         ({"model_type": "granite", "residual_multiplier": 0}, "residual_multiplier is 0"),
         (
+            {
+                "model_type": "smollm3",
+                "num_key_value_heads": 6,
+                "no_rope_layer_interval": 2,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2,
+                    "original_max_position_embeddings": 9,
+                },
+            },
+            "'yarn' with layers that have no RoPE",
+        ),
+        (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked"] * 3},
             "layer_types",
         ),

@@ -69,9 +69,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         for name, w in random_tensors(config).items()
     }
     tensors = {
-        name: np.concatenate(
-            [source[part] for part, _ in layout.vector_parts(config, name)], dtype=np.float64
-        )
+        name: np.concatenate([source[part] for part in layout.vector_parts(name)], dtype=np.float64)
         for name in layout.vectors(config)
     }
     for matrix in layout.matrices(config):

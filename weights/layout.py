@@ -74,20 +74,23 @@ def vectors(config: ModelConfig) -> dict[str, int]:
     return {**found, "model.norm.weight": config.dim}
 
 
-def vector_parts(config: ModelConfig, name: str) -> list[tuple[str, int]]:
-    """What a source calls a vector: (Hugging Face tensor name, its length), one after the other."""
+def vector_parts(name: str) -> list[str]:
+    """What a source calls a vector: Hugging Face tensor names, to be put one after the other."""
     prefix, fused, _ = name.partition("qkv_proj.bias")
-    if not fused:
-        return [(name, vectors(config)[name])]
-    sizes = {"q": config.q_dim, "k": config.kv_dim, "v": config.kv_dim}
-    return [(f"{prefix}{part}_proj.bias", size) for part, size in sizes.items()]
+    return [f"{prefix}{part}_proj.bias" for part in "qkv"] if fused else [name]
 
 
 def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor name -> shape, for every tensor that a source must have."""
+    biases = {
+        "q_proj.bias": config.q_dim,
+        "k_proj.bias": config.kv_dim,
+        "v_proj.bias": config.kv_dim,
+    }
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in vectors(config):
-        shapes.update({part: (size,) for part, size in vector_parts(config, name)})
+    for name, size in vectors(config).items():
+        for part in vector_parts(name):
+            shapes[part] = (biases.get(part.rpartition("self_attn.")[2], size),)
     for matrix in matrices(config):
         shapes.update({name: (rows, matrix.cols) for name, rows in matrix.parts})
     return shapes

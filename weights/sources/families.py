@@ -124,7 +124,10 @@ def read_family(hf: Mapping[str, Any], where: str = "config.json") -> Family:
         )
     )
     scale = attention if granite else None
+    unrotated = _unrotated_layers(hf, kind, where)
     if rope_factor != 1:  # q and k are both multiplied by it
+        if unrotated:
+            raise ConfigError(f"{where}: RoPE scaling 'yarn' with layers that have no RoPE")
         scale = (_power(head_dim, -0.5) if scale is None else scale) * rope_factor**2
     eps = _as_float(hf["rms_norm_eps"])
     config = ModelConfig(
@@ -145,7 +148,7 @@ def read_family(hf: Mapping[str, Any], where: str = "config.json") -> Family:
         attention_scale=scale,
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
-        unrotated_layers=_unrotated_layers(hf, kind, where),
+        unrotated_layers=unrotated,
         sliding_window=hf["sliding_window"] if sliding else None,
         sliding_layers=sliding,
     )
@@ -164,15 +167,8 @@ def _unrotated_layers(hf: Mapping[str, Any], kind: str, where: str) -> tuple[int
                 f"{where}: no_rope_layer_interval is {interval!r}, expected 1 or more"
             )
         return tuple(i for i in range(n_layers) if (i + 1) % interval == 0)
-    if (
-        not isinstance(rotated, list)
-        or len(rotated) != n_layers
-        or not set(map(repr, rotated))
-        <= {
-            "0",
-            "1",
-        }
-    ):
+    is_list = isinstance(rotated, list) and len(rotated) == n_layers
+    if not is_list or not all(type(has_rope) is int and has_rope in (0, 1) for has_rope in rotated):
         raise ConfigError(f"{where}: no_rope_layers is {rotated!r}, expected {n_layers} of 0 and 1")
     return tuple(i for i, has_rope in enumerate(rotated) if not has_rope)
 

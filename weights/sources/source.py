@@ -49,7 +49,7 @@ class Source:
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
         """A vector of a weights file, put together from its parts."""
-        return np.concatenate([self.read(part) for part, _ in vector_parts(self.config, name)])
+        return np.concatenate([self.read(part) for part in vector_parts(name)])
 
     def __post_init__(self) -> None:
         expected = source_shapes(self.config)
