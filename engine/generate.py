@@ -269,6 +269,8 @@ class Engine:
             reused += 1
         self._cached = token_ids[:reused]
         self._sampler.configure(sampling)
+        if self._draft is not None:
+            self._draft._sampler.configure(sampling)
         pos = reused
         while pos < len(token_ids):
             chunk = token_ids[pos : pos + MAX_TOKENS]

@@ -135,11 +135,12 @@ class Generation:
         # The prompt's own: nothing left to compute, to be shown at once.
         pending = deque([_Submitted(engine._submit(), 0, None, waited)])
         read = previous = 0
-        submitted = n_steps = 1
+        submitted = 1
+        # Few at first: where a draft is worth a check, what is under way is waited for.
+        n_steps = 1 if self._speculate else engine._tokens_per_submit
         while read < wanted:
             draft = self._choose(wanted - read) if read else None
             if draft is None:
-                # Few at first: where a draft is worth a check, what is under way is waited for.
                 while submitted < wanted and len(pending) <= engine._submits_ahead:
                     n = min(n_steps, wanted - submitted)
                     now = time.perf_counter()

@@ -68,11 +68,17 @@ class Sampler:
         self.check = {rows: self._plan(rows) for rows in check}
 
     def _plan(self, rows: int) -> Plan:
-        get, lanes = self._kernels.get, 128  # sample_threshold keeps 64 bytes a lane
+        get, lanes = self._kernels.get, 128
+        # One workgroup searches the whole vocabulary, with 68 bytes a lane: on a GPU as many lanes
+        # as there is room for.
+        device, searching = self.device, lanes
+        most = min(device.max_workgroup_lanes, device.workgroup_memory // 68)
+        while not device.software and 2 * searching <= most:
+            searching *= 2
         vocab = {"vocab_size": self._vocab_size}
         return Plan(
             [
-                get("sample_threshold", lanes=lanes).dispatch(
+                get("sample_threshold", lanes=searching).dispatch(
                     [rows],
                     vocab,
                     sampling=self.settings,

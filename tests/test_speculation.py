@@ -517,8 +517,12 @@ def test_a_draft_model_leaves_the_text_as_it_is(
         assert stats.accepted_tokens < stats.drafted_tokens / 2
     # A second turn: both caches go on from what they hold.
     turn = [*prompt, *plain, 7, 8, 9]
-    plain = list(engine.generate(turn, 20, sampling, stop_ids=(), speculate=False))
-    assert list(pair.generate(turn, 20, sampling, stop_ids=())) == plain
+    other = dataclasses.replace(sampling, temperature=0.6, seed=9)
+    plain = list(engine.generate(turn, 20, other, stop_ids=(), speculate=False))
+    generation = pair.generate(turn, 20, other, stop_ids=())
+    assert list(generation) == plain
+    if draft == "model":
+        assert generation.stats.accepted_tokens == generation.stats.drafted_tokens > 0
 
 
 @gpu
