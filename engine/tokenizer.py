@@ -59,11 +59,15 @@ class Tokenizer:
         """Token ids of `text`; special tokens spelled out in it count as such.
 
         A BOS is added only if the model's own post-processor does so, and never to a text that
-        starts with it already, as a chat prompt may.
+        starts with it already, as a chat prompt may. WeightsError: the tokenizer contradicts itself.
         """
         bos = self._special.get("bos_token")
         starts_with_bos = bos is not None and text.startswith(bos)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids
+        try:
+            encoded = self._tokenizer.encode(text, add_special_tokens=not starts_with_bos)
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise WeightsError(f"tokenizer.json cannot encode a text: {error}") from None
+        ids: list[int] = encoded.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

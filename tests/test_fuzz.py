@@ -21,8 +21,8 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_right(target: str, files:
     assert list(run(target, files, range(N_FILES))) == []
 
 
-# What once was found: sizes that were counted up to, a type that could not be looked up, a panic
-# inside tokenizers.
+# What once was found: sizes that were counted up to, a type that could not be looked up, a divisor
+# of 0, lists longer than their file, a panic and a contradiction inside tokenizers.
 @pytest.mark.parametrize(
     ("target", "seed"),
     [
@@ -31,7 +31,11 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_right(target: str, files:
         ("config", 2186),
         ("config", 3896),
         ("weights_file_with_right_checksums", 1944),
+        ("config", 1016379),
+        ("gguf_file", 1008172),
+        ("gguf_file", 1019191),
         ("tokenizer", 2204),
+        ("tokenizer", 1012328),
     ],
 )
 def test_what_was_found_stays_fixed(target: str, seed: int, files: Files) -> None:

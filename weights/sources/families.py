@@ -224,7 +224,10 @@ def _rope(hf: Mapping[str, Any], head_dim: Any, where: str) -> tuple[Any, tuple[
     half = head_dim // 2
 
     def number(key: str, default: float | None = None) -> float:
-        return _number(scaling, key, default, f"{where}: RoPE scaling {kind!r}")
+        value = _number(scaling, key, default, f"{where}: RoPE scaling {kind!r}")
+        if not 1e-6 <= value <= 1e9:
+            raise ConfigError(f"{where}: RoPE scaling {kind!r}: {key} is {value:g}")
+        return value
 
     if kind == "linear":
         return theta, (number("factor"),) * half, 1.0

@@ -80,7 +80,7 @@ _WEIGHTS_AT_ONCE = 1 << 24  # dequantized: the package takes a few times their m
 def open_gguf(path: Path) -> Source:
     """Reads the header and the tokenizer; WeightsError or ConfigError when they do not fit."""
     try:
-        reader = GGUFReader(path)
+        reader = _Reader(path)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # whatever numpy or the package stumbles over first
@@ -108,6 +108,18 @@ def open_gguf(path: Path) -> Source:
         tokenizer_json=build_tokenizer_json(path, fields.get),
         chat_template=fields.get("tokenizer.chat_template"),
     )
+
+
+class _Reader(GGUFReader):
+    """Ends at the file's end: the package itself goes on in a damaged list of 2^60 elements."""
+
+    def _get(
+        self, offset: int, dtype: npt.DTypeLike, count: int = 1, *order: Any, **named: Any
+    ) -> Any:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > self.data.size:
+            raise ValueError(f"something ends at byte {end} of {self.data.size}")
+        return super()._get(offset, dtype, count, *order, **named)
 
 
 class _Fields:
