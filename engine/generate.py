@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import wgpu
 
 from engine.device import Device, Readback
 from engine.errors import EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
 from engine.memory import Memory, check_room, no_room
-from engine.plan import Plan, run
+from engine.plan import Plan, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
 from engine.speculate import LOOKUP, Chance, Draft, Lookup, Policy
@@ -131,30 +130,11 @@ class Engine:
 
         What a token takes beyond this is the host's. For benchmarks: the tokens are thrown away.
         """
-        device = self.device
-        if not device.timestamps or len(self._cached) + 1 + n_steps > self.context:
+        if len(self._cached) + 1 + n_steps > self.context:
             return None
         self._stop_active()
-        queries = device.wgpu.create_query_set(type="timestamp", count=2)
-        usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
-        resolved = device.wgpu.create_buffer(size=16, usage=usage)
         self._model.write_state(len(self._cached), [0])
-        encoder = device.wgpu.create_command_encoder()
-        compute_pass = encoder.begin_compute_pass(
-            timestamp_writes={
-                "query_set": queries,
-                "beginning_of_pass_write_index": 0,
-                "end_of_pass_write_index": 1,
-            }
-        )
-        for _ in range(n_steps):
-            for plan in self._step:
-                plan.replay(compute_pass)
-        compute_pass.end()
-        encoder.resolve_query_set(queries, 0, 2, resolved, 0)
-        device.queue.submit([encoder.finish()])
-        begin, end = device.read(resolved, np.uint64, (2,))
-        return float(end - begin) * 1e-9  # wgpu's timestamps are in nanoseconds
+        return gpu_seconds(self.device, *(n_steps * self._step))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 (n, vocab_size): row i scores what follows token_ids[: i + 1]."""

@@ -1,10 +1,10 @@
 """Coded matrices in GPU memory: from the file's layout to the one that an adapter reads fastest.
 
-The streams of rows that are decoded side by side, a lane each, are interleaved. On a GPU entry points
-are added at load, where lanes may enter: every `segment_blocks` * 32 columns of every row, found by
-one pass over the matrix; on a software adapter a lane takes whole rows. Both are the adapter's
-business and not the format's. Rows lie sorted by class, so that a tile, which a workgroup decodes,
-needs one table; their results go to where they belong.
+The streams of rows that are decoded side by side, a lane each, are interleaved. On a GPU a row is
+shared by as many lanes as fill it, each with a segment of columns; where they may enter the stream is
+found at load, by one pass over the matrix. On a software adapter a lane takes whole rows. All this is
+the adapter's business and not the format's. Rows lie sorted by class, so that a tile, which a
+workgroup decodes, needs one table; their results go to where they belong.
 
 Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
 and their activations are f32; streams, entry points and lanes are the same.
@@ -40,10 +40,9 @@ from model.gpu_layout import (
 FLOAT = 4  # bytes of an activation, for which there are n_digits otherwise
 _MAX_TABLE = 4096  # states of one table
 
-# Lanes that fill a large GPU (an H100 holds 270k, and half of them hide its latency), and the
-# longest segment: longer ones no longer leave all of a subgroup's streams in the L1 cache.
+# Lanes that fill a large GPU (an H100 holds 270k, of this kernel 200k), and the longest segment.
 _LANES_WANTED = 1 << 16
-_MAX_SEGMENT_BLOCKS = 4
+_MAX_SEGMENT_BLOCKS = 8
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
@@ -112,8 +111,11 @@ class GpuMatrix:
         matrix: AnyMatrix,
         *,
         one_split: bool = False,
+        n_segments: int | None = None,
     ) -> None:
-        """`one_split`: the matvec's output must not be left in parts."""
+        """`one_split`: the matvec's output must not be left in parts. `n_segments`: of each row, in
+        place of what suits the shape.
+        """
         device = kernels.device
         self.kernels = kernels
         self.name = name
@@ -138,15 +140,17 @@ class GpuMatrix:
         table_bytes = 4 * _MAX_TABLE + 4 * _MAX_GROUP_LANES
         self.whole_rows = device.software or table_bytes > device.workgroup_memory
         max_segments = min(_MAX_GROUP_LANES, device.max_workgroup_lanes) // TILE
-        self.segment_blocks = self.n_blocks
+        self.splits = 1
+        self.segments_per_group = 1
         if not self.whole_rows:
-            wanted = max(1, self.n_blocks * m.rows // _LANES_WANTED)
-            self.segment_blocks = min(wanted, _MAX_SEGMENT_BLOCKS)
-            if one_split:
-                self.segment_blocks = max(self.segment_blocks, -(-self.n_blocks // max_segments))
-        self.n_segments = -(-self.n_blocks // self.segment_blocks)
-        self.splits = -(-self.n_segments // max_segments)
-        self.segments_per_group = -(-self.n_segments // self.splits)
+            wanted = n_segments or max(
+                -(-_LANES_WANTED // padded_rows(m.rows)), -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
+            )
+            most = min(self.n_blocks, max_segments) if one_split else self.n_blocks
+            wanted = min(wanted, most)
+            self.splits = -(-wanted // max_segments)
+            self.segments_per_group = wanted // self.splits
+        self.n_segments = self.splits * self.segments_per_group
 
         if self.whole_rows:  # as much as matvec_rows declares
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
@@ -214,7 +218,7 @@ class GpuMatrix:
                     rows=rows,
                     rows_padded=padded,
                     n_segments=self.n_segments,
-                    segment_blocks=self.segment_blocks,
+                    n_blocks=self.n_blocks,
                 ),
                 words=part.words,
                 row_info=part.row_info,
@@ -240,6 +244,12 @@ class GpuMatrix:
         buffers = [buffer for part in self.parts for buffer in part.buffers.values()]
         return sum(buffer.size for buffer in [*buffers, self.table, self.outliers])
 
+    def destroy(self) -> None:
+        """Give the memory back; the matrix is of no use afterwards."""
+        buffers = [buffer for part in self.parts for buffer in part.buffers.values()]
+        for buffer in (*buffers, self.table, self.outliers):
+            self.kernels.device.destroy(buffer)
+
     def output(self, label: str, tokens: int) -> Output:
         size = 4 * self.splits * tokens * self.rows
         return Output(self.kernels.device.empty(label, size), self.splits)
@@ -254,23 +264,22 @@ class GpuMatrix:
             overrides["digits"] = digits
         if self.whole_rows:
             kernel = self.kernels.get(f"{name}_rows", **overrides)
-            tile, segments = _SOFTWARE_LANES * _ROWS_PER_LANE, {}
+            tile = _SOFTWARE_LANES * _ROWS_PER_LANE
         else:
             group = self.segments_per_group
             overrides |= dict(segments_per_group=group, partials=TILE * group)
             kernel = self.kernels.get(name, **overrides)
             tile = TILE
-            segments = dict(n_segments=self.n_segments, segment_blocks=self.segment_blocks)
         for part in self.parts:
-            if not self.whole_rows:
-                segments["rows_padded"] = part.rows_padded
+            padded = {} if self.whole_rows else {"rows_padded": part.rows_padded}
             yield kernel.dispatch(
                 [-(-part.rows // tile), self.splits],
                 dict(
                     rows=part.rows,
                     y_rows=self.rows,
                     n_blocks=self.n_blocks,
-                    **segments,
+                    n_segments=self.n_segments,
+                    **padded,
                     **self._params,
                 ),
                 **part.buffers,
@@ -297,7 +306,7 @@ class GpuMatrix:
                     rows_padded=part.rows_padded,
                     cols=self.cols,
                     n_segments=self.n_segments,
-                    segment_blocks=self.segment_blocks,
+                    n_blocks=self.n_blocks,
                     **self._params,
                 ),
                 state=state,

@@ -26,7 +26,7 @@ fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
   let b = symbols_at_11(pair1);
   if (wide_symbols) { return ((a >> 11u) & 0xFFFFu) | ((b << 5u) & 0xFFFF0000u); }
   // Symbols of 5 bits are the upper parts of bytes 1 and 2: a byte permutation, and away with what is below them.
-  let bytes = ((a >> 8u) & 0xFFFFu) | ((b << 8u) & 0xFFFF0000u);
+  let bytes = insertBits(a >> 8u, b >> 8u, 16u, 16u);
   return (bytes & 0xF8F8F8F8u) >> (3u - select(raw_bits, 0u, raw_bits > 2u));
 }
 

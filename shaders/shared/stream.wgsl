@@ -64,10 +64,23 @@ fn refill(s: ptr<function, Stream>) {  // after at most 128 bits
   let crossed = pos >= 128u;
   (*s).pos = pos & 127u;
   (*s).used = 0u;
-  (*s).a = select((*s).a, (*s).b, crossed);
-  (*s).next += select(0u, interleave, crossed);
-  (*s).b = words[(*s).next];
+  cross_chunk(s, crossed);
   align(s);
+}
+
+// On a GPU lanes that need no chunk load none: fewer cache lines a load. On a CPU a branch costs more than the load.
+fn cross_chunk(s: ptr<function, Stream>, crossed: bool) {
+  if (interleave == 32u) {
+    if (crossed) {
+      (*s).a = (*s).b;
+      (*s).next += interleave;
+      (*s).b = words[(*s).next];
+    }
+  } else {
+    (*s).a = select((*s).a, (*s).b, crossed);
+    (*s).next += select(0u, interleave, crossed);
+    (*s).b = words[(*s).next];
+  }
 }
 
 // Bits read since the row's first one, which is bit `bit`.
