@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import wgpu
 from wgpu.backends.wgpu_native import GPUShaderModule, _api
 from wgpu.backends.wgpu_native.extras import set_instance_extras
 
-from engine.errors import DeviceError
+from engine.errors import DeviceError, OutOfMemoryError
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
@@ -103,6 +104,15 @@ class Device:
     def open(cls, wanted: str | None = None) -> Device:
         return cls(choose_adapter(wanted))
 
+    def free_bytes(self) -> int | None:
+        """Memory that is left, None where nobody tells: wgpu does not, a CPU's is the host's."""
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines() if self.software else []
+        except OSError:  # not on Linux
+            return None
+        sizes = dict(line.split(":") for line in lines)
+        return 1024 * int(sizes["MemAvailable"].split()[0]) if "MemAvailable" in sizes else None
+
     def empty(self, label: str, size_bytes: int, usage: int = STORAGE) -> Any:
         """A zeroed buffer."""
         size = max(16, -(-size_bytes // 16) * 16)
@@ -116,7 +126,7 @@ class Device:
         try:
             buffer = self.wgpu.create_buffer(label=label, size=size, usage=usage)
         except wgpu.GPUError as error:
-            raise DeviceError(
+            raise OutOfMemoryError(
                 f"{self.name}: no room for {label} ({size / 2**20:.0f} MiB beside the "
                 f"{self.allocated_bytes / 2**20:.0f} MiB already in use): {error}"
             ) from error
