@@ -11,6 +11,7 @@ import numpy as np
 from engine.device import Device, Readback
 from engine.errors import EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
+from engine.kernel import Dispatch
 from engine.memory import Memory, check_room, no_room
 from engine.plan import Plan, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
@@ -124,6 +125,13 @@ class Engine:
         model = self._model
         matrices = [model.lm_head, *(m for layer in model.blocks for m in layer.matrices)]
         return sum(matrix.read_bytes for matrix in matrices)
+
+    def step_dispatches(self) -> list[Dispatch]:
+        """The launches of a step, for benchmarks: run out of their order they spoil the cache."""
+        self._stop_active()
+        self._cached = []
+        self._model.write_state(0, [0])
+        return [dispatch for plan in self._step for dispatch in plan.dispatches]
 
     def gpu_seconds(self, n_steps: int) -> float | None:
         """GPU time of `n_steps` tokens more after the last generation; None without timestamps.
