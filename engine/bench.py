@@ -1,8 +1,8 @@
 """How fast a model runs here: prompt and generation speed, bytes read, the share of the host.
 
-    python -m engine.bench
-    python -m engine.bench model.safetensors --pp 128 512 --tg 128 --depth 0 1024
-    python -m engine.bench --pp --tg --speculation --draft small.safetensors
+    answer bench
+    answer bench model.safetensors --pp 128 512 --tg 128 --depth 0 1024
+    answer bench --pp --tg --speculation --draft small.safetensors
 
 Rows are named as llama-bench names them: ppN is a prompt of N tokens, tgN the generation of N
 tokens after an (almost) empty context, tgN@dD the same after D tokens. Tokenizing is not part of
@@ -278,7 +278,7 @@ def _cell(value: float | None, form: str, unit: float = 1) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m engine.bench",
+        prog="answer bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -48,7 +48,7 @@ def planned(weights: WeightsFile, device: Device, context: int, exact: bool) -> 
     tables = len(rows) * (1 << 16 if device.software else 1 << 13)
     on_device = stored * 21 // 20 + 48 * sum(rows) + tables
     activations = 4 * MAX_TOKENS * (c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim))
-    rope = 4 * context * c.head_dim
+    rope = 4 * context * c.head_dim * (2 if c.unrotated_layers else 1)
     return Memory(on_device, _cache_bytes(c, context, exact), activations + rope)
 
 

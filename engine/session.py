@@ -2,9 +2,9 @@
 
 A safetensors file: `tokens` u32 (n_tokens,), and for every layer `layers.{i}.keys` and `.values`,
 u32, in the cache's own layout with n_tokens positions. Metadata: `format`, `format_version`,
-`model` (its identity), `source` (its name), `activations`, `crc32` of every tensor (JSON), and
-`note`, a text that whoever saves may add. Half of a reading is of no use to another model, nor to
-the same one in another mode, so a file says what it belongs to.
+`model` (its identity), `source` (its name), `activations`, `note`, a text that whoever saves may
+add, and `crc32` of every tensor and of the note (JSON). Half of a reading is of no use to another
+model, nor to the same one in another mode, so a file says what it belongs to.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def save_session(engine: Engine, path: Path, note: str) -> int:
         "format_version": FORMAT_VERSION,
         "source": engine.weights.source,
         **_belongs_to(engine),
-        "crc32": json.dumps({name: zlib.crc32(values.data) for name, values in tensors.items()}),
+        "crc32": json.dumps(_crc32(tensors, note)),
         "note": note,
     }
     with replacing(path) as file:
@@ -76,6 +76,11 @@ def load_session(
     return tokens, tensors, metadata.get("note", "")
 
 
+def _crc32(tensors: dict[str, npt.NDArray[np.uint32]], note: str) -> dict[str, int]:
+    of_tensors = {name: zlib.crc32(np.ascontiguousarray(v).data) for name, v in tensors.items()}
+    return {**of_tensors, "note": zlib.crc32(note.encode())}
+
+
 def _belongs_to(engine: Engine) -> dict[str, str]:
     activations = "exact" if engine.exact else "fast"
     return {"model": engine.weights.identity, "activations": activations}
@@ -92,7 +97,7 @@ def _check(
         crc32 = json.loads(metadata.get("crc32", ""))
     except ValueError:
         raise EngineError(f"{damaged} (no checksums); delete it") from None
-    if crc32 != {name: zlib.crc32(np.ascontiguousarray(v).data) for name, v in tensors.items()}:
+    if crc32 != _crc32(tensors, metadata.get("note", "")):
         raise EngineError(f"{damaged} (its bytes do not match their CRC-32); delete it")
     tokens = tensors.get("tokens", np.zeros(0))
     shapes = {"tokens": tokens.shape, **engine.cache.shapes(len(tokens))}

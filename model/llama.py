@@ -14,9 +14,10 @@ import numpy as np
 
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
-from engine.plan import Plan
+from engine.plan import Plan, run
 from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
 from model.kv_cache import KVCache, half_padded
+from model.prompt import Prompt
 from weights.store import WeightsFile
 
 MAX_TOKENS = 8  # that one pass may carry; shaders/shared/state.wgsl
@@ -44,6 +45,12 @@ class Layer:
         self.post_attention_layernorm = vector("post_attention_layernorm")
         self.gate_up_proj = matrix("mlp.gate_up_proj")
         self.down_proj = matrix("mlp.down_proj")
+        c = weights.config
+        added = ["qkv_proj.bias"] * c.qkv_bias + ["q_norm.weight", "k_norm.weight"] * c.qk_norm
+        self.qkv_added = None  # what shaders/qkv_heads.wgsl does to q, k and v, if anything
+        if added:
+            vectors = [weights.tensor(f"{name}.self_attn.{suffix}") for suffix in added]
+            self.qkv_added = kernels.device.upload(f"{name}.qkv_added", np.concatenate(vectors))
 
     @property
     def matrices(self) -> tuple[GpuMatrix, ...]:
@@ -88,7 +95,7 @@ class Llama:
         # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
         # fill it.
         self._splits = 1 if device.software else 16
-        self._lanes = 64 if device.software else 256
+        self.lanes = 64 if device.software else 256
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
         value_lanes = -(-half_padded(c) // 4 // 8) * 8
@@ -108,11 +115,24 @@ class Llama:
         self.h = Activations.empty(device, "h", n, d, c.hidden_dim)
         self.down = first.down_proj.output("down", n)
         self.logits = self.lm_head.output("logits", n)
-        self.rope = device.upload("rope", rope_table(max_pos, c.head_dim, c.rope_theta))
+        self.qkv_heads: Output | None = None
+        if c.qkv_bias or c.qk_norm:
+            self.qkv_heads = Output(device.empty("qkv_heads", 4 * n * (c.q_dim + 2 * c.kv_dim)), 1)
+        turns = rope_table(max_pos, c.head_dim, c.rope_theta, c.rope_divisors)
+        self.rope = device.upload("rope", turns)
+        self.no_rope = None  # layers without RoPE turn by nothing
+        if c.unrotated_layers:
+            self.no_rope = device.upload(
+                "no_rope", np.ones_like(turns) * np.array([1, 0], np.float32)
+            )
 
         self.layers = {n: Plan(self._layers(n)) for n in (1, *CHECK_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
         self.heads = {n: Plan(self._head(n, n)) for n in CHECK_TOKENS}
+        self._head_product = Plan(
+            self.lm_head.matvec(self.xn, self.logits, tokens=MAX_TOKENS, digits=self.digits)
+        )
+        self.prompt = Prompt(self) if self.digits == INT8_DIGITS and Prompt.fits(self) else None
 
     def write_state(
         self, pos: int, tokens: Sequence[int], seed: int = 0, n_sampled: int = 0
@@ -126,6 +146,49 @@ class Llama:
         state[4 : 4 + len(tokens)] = tokens
         self.device.write(self.state, state)
 
+    def pass_tokens(self, tokens: int) -> int:
+        """How many of a text's next `tokens` one pass reads."""
+        if self.prompt and tokens >= self.prompt.min_tokens:
+            return min(tokens, self.prompt.max_tokens)
+        return min(tokens, MAX_TOKENS)
+
+    def read(self, pos: int, tokens: Sequence[int], seed: int = 0, *, head: bool) -> list[Plan]:
+        """Begin a pass that reads `tokens`, as many as `pass_tokens` says, at `pos`, with `head`
+        also the last one's logits. Returns the plans of it that are still to be submitted.
+        """
+        if self.prompt and len(tokens) > MAX_TOKENS:
+            rest = self._begin(self.prompt, pos, tokens)
+            self.write_state(pos + len(tokens) - 1, tokens[-1:], seed)  # for the sampler
+            return [rest, self.prompt.last_head] if head else [rest]
+        self.write_state(pos, tokens, seed)
+        few = len(tokens) == 1
+        plans = [self.layers[1 if few else MAX_TOKENS]]
+        return [*plans, self.last_head[1 if few else 0]] if head else plans
+
+    def read_logits(self, pos: int, tokens: Sequence[int]) -> np.ndarray:
+        """Such a pass, now: float32 (len(tokens), vocab_size)."""
+        if not self.prompt or len(tokens) <= MAX_TOKENS:
+            self.write_state(pos, tokens)
+            run(self.device, self.layers[MAX_TOKENS], self.heads[MAX_TOKENS])
+            return self._logits(len(tokens))
+        run(self.device, self._begin(self.prompt, pos, tokens), self.prompt.norms(len(tokens)))
+        rows = []
+        for first in range(0, len(tokens), MAX_TOKENS):
+            self.prompt.copy_normed(first, MAX_TOKENS)
+            run(self.device, self._head_product)
+            rows.append(self._logits(min(MAX_TOKENS, len(tokens) - first)))
+        return np.concatenate(rows)
+
+    def _begin(self, prompt: Prompt, pos: int, tokens: Sequence[int]) -> Plan:
+        prompt.write_state(pos, tokens)
+        *parts, last = prompt.layers(len(tokens))
+        for part in parts:
+            run(self.device, part)
+        return last
+
+    def _logits(self, tokens: int) -> np.ndarray:
+        return self.device.read(self.logits.buffer, np.float32, (tokens, self.config.vocab_size))
+
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
         n = {"tokens": tokens, "digits": self.digits}
         previous: Output | None = None
@@ -134,7 +197,11 @@ class Llama:
             keys, values = self.cache.keys[i], self.cache.values[i]
             yield self._rms_norm(previous, layer.input_layernorm, tokens)
             yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n)
-            yield self._attention(keys, values, tokens)
+            qkv = self.qkv
+            if self.qkv_heads is not None:
+                yield self._qkv_heads(layer.qkv_added, self.qkv_heads, tokens)
+                qkv = self.qkv_heads
+            yield self._attention(i, qkv, keys, values, tokens)
             yield self._attention_combine(tokens)
             yield from layer.o_proj.matvec(self.attn, self.o, **n)
 
@@ -155,7 +222,7 @@ class Llama:
         pass_tokens = pass_tokens or tokens
         dim = self.config.dim
         kernel = self.kernels.get(
-            "rms_norm", lanes=self._lanes, digits=self.digits, splits=y.splits if y else 0
+            "rms_norm", lanes=self.lanes, digits=self.digits, splits=y.splits if y else 0
         )
         return kernel.dispatch(
             [1, tokens],
@@ -174,13 +241,33 @@ class Llama:
             x_scale=self.xn.scale,
         )
 
-    def _attention(self, keys: Any, values: Any, tokens: int) -> Dispatch:
+    def _qkv_heads(self, weights: Any, heads: Output, tokens: int) -> Dispatch:
+        c = self.config
+        kernel = self.kernels.get(
+            "qkv_heads", biased=c.qkv_bias, normed=c.qk_norm, splits=self.qkv.splits, lanes=32
+        )
+        return kernel.dispatch(
+            [c.n_heads + 2 * c.n_kv_heads, tokens],
+            dict(
+                n_heads=c.n_heads,
+                n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
+                tokens=tokens,
+                eps=c.norm_eps,
+            ),
+            y=self.qkv.buffer,
+            weights=weights,
+            out=heads.buffer,
+        )
+
+    def _attention(self, layer: int, qkv: Output, keys: Any, values: Any, tokens: int) -> Dispatch:
         c = self.config
         lanes, per_lane = self._attention_shape
         kernel = self.kernels.get(
             "attention",
             cache_f32=self.cache.f32,
-            splits=self.qkv.splits,
+            splits=qkv.splits,
+            window=c.window(layer) or 0,
             lanes=lanes,
             per_lane=per_lane,
             n_splits=self._splits,
@@ -194,11 +281,11 @@ class Llama:
                 half_padded=half_padded(c),
                 max_pos=self.cache.max_pos,
                 tokens=tokens,
-                scale=c.head_dim**-0.5,
+                scale=c.score_scale,
             ),
             state=self.state,
-            y=self.qkv.buffer,
-            rope=self.rope,
+            y=qkv.buffer,
+            rope=self.rope if c.is_rotated(layer) else self.no_rope,
             k_cache=keys,
             v_cache=values,
             partial=self.partial,
@@ -208,10 +295,10 @@ class Llama:
         c = self.config
         n_blocks = -(-c.q_dim // 32)
         kernel = self.kernels.get(
-            "attention_combine", lanes=self._lanes, digits=self.digits, n_splits=self._splits
+            "attention_combine", lanes=self.lanes, digits=self.digits, n_splits=self._splits
         )
         return kernel.dispatch(
-            [-(-n_blocks * 8 // self._lanes), tokens],
+            [-(-n_blocks * 8 // self.lanes), tokens],
             dict(
                 n_heads=c.n_heads,
                 head_dim=c.head_dim,
@@ -226,10 +313,10 @@ class Llama:
     def _swiglu(self, tokens: int) -> Dispatch:
         n_blocks = -(-self.config.hidden_dim // 32)
         kernel = self.kernels.get(
-            "swiglu", lanes=self._lanes, digits=self.digits, splits=self.gate_up.splits
+            "swiglu", lanes=self.lanes, digits=self.digits, splits=self.gate_up.splits
         )
         return kernel.dispatch(
-            [-(-n_blocks * 8 // self._lanes), tokens],
+            [-(-n_blocks * 8 // self.lanes), tokens],
             dict(
                 hidden_dim=self.config.hidden_dim,
                 n_blocks=n_blocks,
@@ -241,11 +328,16 @@ class Llama:
         )
 
 
-def rope_table(max_pos: int, head_dim: int, theta: float) -> np.ndarray:
-    """cos and sin of position * theta^(-2i / head_dim): float32 (max_pos, head_dim / 2, 2).
+def rope_table(
+    max_pos: int, head_dim: int, theta: float, divisors: Sequence[float] = ()
+) -> np.ndarray:
+    """cos and sin of position * theta^(-2i / head_dim) / divisors[i], 1 if there are none.
+
+    float32 (max_pos, head_dim / 2, 2).
 
     A table, because a GPU's own sine is only good near zero, and angles reach the last position.
     """
     half = head_dim // 2
-    angles = np.arange(max_pos)[:, None] * theta ** (-np.arange(half) / half)
+    frequencies = theta ** (-np.arange(half) / half) / (np.array(divisors) if divisors else 1)
+    angles = np.arange(max_pos)[:, None] * frequencies
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)

@@ -1,4 +1,4 @@
-// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own. q and k are first rotated to their
+// softmax(scale q k^T) v over the positions up to each token's own, or the last `window` of them. q and k are first rotated to their
 // positions (RoFormer eq. 34; pairs (i, i + head_dim / 2), as Hugging Face stores them), k and v put into the cache.
 // In splits: every split sees each n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding);
 // attention_combine joins them. All in f32; a u32 of an f16 cache holds elements i and i + head_dim / 2 of one head, in
@@ -12,6 +12,7 @@ override splits: u32;    // of y
 override lanes: u32;     // a multiple of 8, at least half_padded / 4
 override per_lane: u32;  // neighbouring positions that one lane scores, 1..4; lanes * per_lane are a tile
 override n_splits: u32;
+override window: u32;  // positions that a token sees; 0: all
 
 struct Params {
   n_heads: u32,
@@ -20,7 +21,7 @@ struct Params {
   half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
   max_pos: u32,
   tokens: u32,
-  scale: f32,  // 1 / sqrt(head_dim)
+  scale: f32,
 }
 
 const NEVER = -1e30;  // below every score; not infinite, so that differences of two stay numbers
@@ -136,7 +137,7 @@ fn value(row: u32, i: u32) -> Pair {
 }
 
 // Scores of the positions pos .. pos + per_lane - 1: q is loaded once for all of them.
-fn scores_at(first_row: u32, pos: u32, length: u32) -> vec4<f32> {
+fn scores_at(first_row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
   let quads = params.half_padded / 4u;
   var sums = vec4<f32>(0.0);
   for (var i = 0u; i < quads; i++) {
@@ -150,7 +151,8 @@ fn scores_at(first_row: u32, pos: u32, length: u32) -> vec4<f32> {
     }
   }
   let j = vec4<u32>(0u, 1u, 2u, 3u);
-  let scored = (j < vec4<u32>(per_lane)) & (vec4<u32>(pos) + j < vec4<u32>(length));
+  var scored = (j < vec4<u32>(per_lane)) & (vec4<u32>(pos) + j < vec4<u32>(length));
+  if (window > 0u) { scored &= vec4<u32>(pos) + j >= vec4<u32>(seen_from); }
   return select(vec4<f32>(NEVER), sums * params.scale, scored);
 }
 
@@ -196,8 +198,16 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var lo = vec4<f32>(0.0);
   var hi = vec4<f32>(0.0);
   let tile_size = lanes * per_lane;
-  for (var tile = split * tile_size; tile < length; tile += n_splits * tile_size) {
-    let scores = scores_at(first_row, tile + per_lane * lane, length);
+  var seen_from = 0u;
+  var tile = split * tile_size;
+  if (window > 0u) {  // skip this split's tiles that are not seen
+    seen_from = length - min(length, window);
+    let round = n_splits * tile_size;
+    tile += seen_from / round * round;
+    if (tile + tile_size <= seen_from) { tile += round; }
+  }
+  for (; tile < length; tile += n_splits * tile_size) {
+    let scores = scores_at(first_row, tile + per_lane * lane, length, seen_from);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import chat
@@ -121,6 +122,27 @@ class FakeGeneration:
         self.closed = True
 
 
+@dataclass(eq=False)
+class FakeSampling:
+    """Equal to the tuple of its values."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise EngineError("temperature is below 0")
+
+    def __iter__(self):
+        return iter(vars(self).values())
+
+    def __eq__(self, other):
+        return tuple(self) == other
+
+
 def install(fake, setitem=dict.__setitem__):
     """Puts `fake` where chat.main looks for the engine. Returns what it is opened with, later."""
     opened = []
@@ -133,7 +155,7 @@ def install(fake, setitem=dict.__setitem__):
 
     # Through the dictionary: to look them up first would load the GPU library.
     setitem(vars(engine), "Engine", SimpleNamespace(open=open_engine))
-    setitem(vars(engine), "Sampling", lambda *values: values)
+    setitem(vars(engine), "Sampling", FakeSampling)
     return opened
 
 

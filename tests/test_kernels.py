@@ -8,6 +8,7 @@ F32 is half an ulp of float32 relative to the value; an n-term sum in any order 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -533,14 +534,60 @@ def test_swiglu(
     )
 
 
+@pytest.mark.parametrize(("biased", "normed"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(6, 2, 16), (3, 3, 70)])
+def test_qkv_heads(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    biased: bool,
+    normed: bool,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+) -> None:
+    device, tokens, splits, eps = kernels.device, 3, 2, 1e-5
+    rows = (n_heads + 2 * n_kv_heads) * head_dim
+    y = rng.normal(size=(splits, tokens, rows)).astype(np.float32)
+    bias = rng.normal(size=rows * biased).astype(np.float32)
+    norms = rng.normal(1, 0.2, (2 * normed, head_dim)).astype(np.float32)
+    out = device.empty("out", 4 * tokens * rows)
+    dispatch = kernels.get(
+        "qkv_heads", biased=biased, normed=normed, splits=splits, lanes=32
+    ).dispatch(
+        [n_heads + 2 * n_kv_heads, tokens],
+        dict(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, tokens=tokens, eps=eps),
+        y=device.upload("y", y),
+        weights=device.upload("weights", np.concatenate([bias, norms.ravel()])),
+        out=out,
+    )
+    run(device, Plan([dispatch]))
+    got = device.read(out, np.float32, (tokens, rows // head_dim, head_dim))
+    config = SimpleNamespace(
+        n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, norm_eps=eps
+    )
+    sums = y.astype(np.float64).sum(axis=0)
+    want = reference.qkv_heads(config, sums, bias if biased else None, [*norms.astype(np.float64)])
+    # Two sums, of numbers below 8 in all; a mean of head_dim squares and three products, where a
+    # head of length 1 a column is divided by about itself.
+    tolerance = 3 * 8 * F32 + (head_dim + 8) * F32 * np.abs(want)
+    assert_close(got, want, 2 * tolerance if normed else 3 * 8 * F32)
+
+
 HEADS = [(6, 2, 16), (4, 4, 10), (9, 3, 64), (2, 1, 128)]
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
 @pytest.mark.parametrize(("pos", "n_tokens"), [(0, 1), (3, 5), (254, 8), (700, 3)])
 @pytest.mark.parametrize(
-    ("n_splits", "lanes", "per_lane", "cache_f32"),
-    [(1, 16, 4, False), (16, 64, 1, False), (2, 24, 3, True)],
+    ("n_splits", "lanes", "per_lane", "cache_f32", "window"),
+    [
+        (1, 16, 4, False, 0),
+        (16, 64, 1, False, 0),
+        (2, 24, 3, True, 0),
+        (3, 24, 3, False, 100),
+        (4, 64, 1, True, 4),
+    ],
 )
 def test_rope_cache_and_attention(
     kernels: Kernels,
@@ -555,6 +602,7 @@ def test_rope_cache_and_attention(
     lanes: int,
     per_lane: int,
     cache_f32: bool,
+    window: int,
 ) -> None:
     device, max_pos, theta, splits = kernels.device, 720, 10000.0, 2
     half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
@@ -580,6 +628,7 @@ def test_rope_cache_and_attention(
             "attention",
             cache_f32=cache_f32,
             splits=splits,
+            window=window,
             lanes=lanes,
             per_lane=per_lane,
             n_splits=n_splits,
@@ -638,7 +687,8 @@ def test_rope_cache_and_attention(
     # off by no more than a key before its cast, 12 F32 size. A score is a sum of head_dim products;
     # its error e changes a weight by a factor of 1 +- e, and so the mean by 2 e of the largest
     # value; sums over positions add n_pos roundings, exp its (3 + 2 |score|) ulp.
-    want = reference.attention(want_q, got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    cached = got_k.astype(np.float64), got_v.astype(np.float64)
+    want = reference.attention(want_q, *cached, pos, window=window or None)
     n_pos = pos + n_tokens
     largest = np.abs(got_v[:n_pos]).max()
     score_per_query = np.abs(got_k[:n_pos]).max() * head_dim**0.5

@@ -152,6 +152,7 @@ def test_sessions_with_wrong_contents_are_refused(
 
     def write(changed: dict[str, np.ndarray], **fields: str) -> None:
         crc32 = {name: zlib.crc32(np.ascontiguousarray(v).data) for name, v in changed.items()}
+        crc32["note"] = zlib.crc32(metadata["note"].encode())
         data = save(changed, {**metadata, "crc32": json.dumps(crc32), **fields})
         path.write_bytes(data)
 
