@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engine.device import Device
 from engine.errors import DeviceError
+from model import prompt
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.llama import MAX_TOKENS
@@ -49,7 +50,10 @@ def planned(weights: WeightsFile, device: Device, context: int, exact: bool) -> 
     on_device = stored * 21 // 20 + 48 * sum(rows) + tables
     activations = 4 * MAX_TOKENS * (c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim))
     rope = 4 * context * c.head_dim * (2 if c.unrotated_layers else 1)
-    return Memory(on_device, _cache_bytes(c, context, exact), activations + rope)
+    prompts = 0
+    if not (exact or weights.lossless):
+        prompts = prompt.scratch_bytes(c, context, software=device.software)
+    return Memory(on_device, _cache_bytes(c, context, exact), activations + rope + prompts)
 
 
 def _cache_bytes(config: ModelConfig, context: int, exact: bool) -> int:
