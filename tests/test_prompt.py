@@ -127,12 +127,12 @@ def test_interrupts_are_heard_between_passes(
 ) -> None:
     engine = engine_on("software", "plain")
     engine.logits(tokens[-1:])
-    waits: list[int] = []
+    waits: list[Any] = []
     submit = engine._submit
 
-    def counted(*arguments: Any) -> Any:
-        waits.append(len(arguments))
-        return submit(*arguments)
+    def counted(*plans: Any) -> Any:
+        waits.append(plans)
+        return submit(*plans)
 
     monkeypatch.setattr(engine, "_submit", counted)
     (_,) = engine.generate(tokens[:180], 1, stop_ids=())
