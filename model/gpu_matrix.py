@@ -53,7 +53,7 @@ _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so lar
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 _SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
-_UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what matmul_rows has in uniform memory
+UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what matmul_rows has in uniform memory
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Activations:
     def for_matmul(cls, device: Device, label: str, tokens: int, cols: int) -> Activations:
         """One digit; readable as uniform memory, in full windows wherever one begins."""
         n_blocks = -(-cols // BLOCK)
-        blocks = tokens * n_blocks + _UNIFORM_BLOCKS
+        blocks = tokens * n_blocks + UNIFORM_BLOCKS
         return cls(
             device.empty(f"{label}.digits", blocks * BLOCK, STORAGE | UNIFORM),
             device.empty(f"{label}.scale", blocks * 8, STORAGE | UNIFORM),
@@ -124,7 +124,7 @@ def uniform_tokens(n_blocks: int) -> int:
     multiples of 256 bytes, of digits and of scales.
     """
     for tokens in (64, 32, 16, 8):
-        if tokens * n_blocks <= _UNIFORM_BLOCKS and tokens * n_blocks % 32 == 0:
+        if tokens * n_blocks <= UNIFORM_BLOCKS and tokens * n_blocks % 32 == 0:
             return tokens
     return 0
 
@@ -450,8 +450,8 @@ class GpuMatrix:
             dispatch = kernel.dispatch(
                 [-(-params["rows"] // (_SOFTWARE_LANES * _ROWS_PER_LANE)), 1],
                 params | dict(first_token=first),
-                x_digits=(x.digits, at * BLOCK, _UNIFORM_BLOCKS * BLOCK),
-                x_scale=(x.scale, at * 8, _UNIFORM_BLOCKS * 8),
+                x_digits=(x.digits, at * BLOCK, UNIFORM_BLOCKS * BLOCK),
+                x_scale=(x.scale, at * 8, UNIFORM_BLOCKS * 8),
                 **buffers,
             )
             yield Step(dispatch, _SOFTWARE_TOKENS, first, window)

@@ -14,8 +14,10 @@ import numpy as np
 
 from engine.kernel import Dispatch
 from engine.plan import Plan
-from model.gpu_matrix import Activations, GpuMatrix, Step, uniform_tokens
+from model.config import ModelConfig
+from model.gpu_matrix import UNIFORM_BLOCKS, Activations, GpuMatrix, Step, uniform_tokens
 from model.kv_cache import half_padded
+from weights import layout
 
 if TYPE_CHECKING:
     from model.llama import Llama
@@ -30,7 +32,8 @@ _ROWS = 32  # pairs of token and head in a workgroup: shaders/attention_prompt.w
 _MAX_HALF = 64  # of half_padded, there
 _WEIGHT_BYTES = 6144  # of weights and maxima, there
 _GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
-DECODED_BYTES = 64 << 20  # decoded at a time: any matrix of an 8B model, or half of one
+_MAX_SPLITS = 4  # of a prompt's positions
+_BYTES = 64 << 20  # decoded at a time: any matrix of an 8B model, or half of one
 _PART = 100  # launches that are submitted at once
 
 
@@ -40,6 +43,25 @@ def attention_bytes(head_dim: int, *, tiled: bool) -> int:
         2 * _ROWS * 4 * (-(-head_dim // 8) * 8)
     )  # queries, and a tile of keys or the values so far
     return rows + _WEIGHT_BYTES if tiled else rows
+
+
+def chunk_tokens(max_pos: int, *, software: bool) -> int:
+    """The most tokens of one pass: no more tiles of 64 or 128 than there are positions for."""
+    return min(SOFTWARE_CHUNK if software else MAX_CHUNK, -(-max_pos // 128) * 128)
+
+
+def scratch_bytes(c: ModelConfig, max_pos: int, *, software: bool) -> int:
+    """About what a `Prompt` allocates, if there is one."""
+    if c.sliding_layers:
+        return 0
+    qkv = (c.q_dim + 2 * c.kv_dim) * (2 if c.qkv_bias or c.qk_norm else 1)
+    partial = c.n_heads * (c.head_dim + 2) * (1 if software else _MAX_SPLITS)
+    floats = 3 * c.dim + qkv + partial + 2 * c.hidden_dim
+    digits = c.dim + c.q_dim + c.hidden_dim
+    token_bytes = 4 * floats + digits * 5 // 4  # with their scales
+    decoded = min(_BYTES, max(m.rows * m.cols for m in layout.matrices(c) if m.in_block))
+    windows = 3 * UNIFORM_BLOCKS * 40  # at the end of activations
+    return chunk_tokens(max_pos, software=software) * token_bytes + decoded + windows
 
 
 class Prompt:
@@ -60,20 +82,22 @@ class Prompt:
         room = device.workgroup_memory
         self._tiled = not device.software and half_padded(c) <= _MAX_HALF
         self._tiled &= attention_bytes(c.head_dim, tiled=True) <= room
-        chunk = SOFTWARE_CHUNK if device.software else MAX_CHUNK
         self.min_tokens = _MIN_CHUNK if c.n_params < _LARGE_MODEL else _LARGE_MIN_CHUNK
         if device.software:
             self.min_tokens = 9
         self._round = 8 if device.software else 64  # plans are made for multiples of so many tokens
-        self.max_tokens = n = min(chunk, -(-model.cache.max_pos // 128) * 128)
+        self.max_tokens = n = chunk_tokens(model.cache.max_pos, software=device.software)
         self._attention_tokens = _ROWS // (c.n_heads // c.n_kv_heads)
         groups = c.n_kv_heads * -(-n // self._attention_tokens)
-        self._splits = min(4, -(-_GROUPS_WANTED // groups)) if self._tiled else 1
+        self._splits = min(_MAX_SPLITS, -(-_GROUPS_WANTED // groups)) if self._tiled else 1
         matrices: list[GpuMatrix] = [m for layer in model.blocks for m in layer.matrices]
         self.state = device.empty("prompt.state", 4 * (4 + n))
         self.x = device.empty("prompt.x", 4 * n * c.dim)
         self.xn = Activations.for_matmul(device, "prompt.xn", n, c.dim)
         self.qkv = device.empty("prompt.qkv", 4 * n * (c.q_dim + 2 * c.kv_dim))
+        self.qkv_heads = None
+        if c.qkv_bias or c.qk_norm:
+            self.qkv_heads = device.empty("prompt.qkv_heads", self.qkv.size)
         self.partial = device.empty(
             "prompt.attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
@@ -82,9 +106,7 @@ class Prompt:
         self.gate_up = device.empty("prompt.gate_up", 4 * n * 2 * c.hidden_dim)
         self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
         self.down = device.empty("prompt.down", 4 * n * c.dim)
-        self.bytes = device.empty(
-            "prompt.bytes", min(DECODED_BYTES, max(m.n_bytes for m in matrices))
-        )
+        self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
         self._layer_steps = list(self._layers())
         self._plans: dict[int, list[Plan]] = {}
         self.last_head = Plan(self._last_head())
@@ -95,10 +117,9 @@ class Prompt:
         """Whether the adapter can run these kernels for such a model."""
         c, device = model.config, model.device
         matrices = [m for layer in model.blocks for m in layer.matrices]
-        if c.qkv_bias or c.qk_norm or c.unrotated_layers or c.sliding_layers or c.attention_scale:
-            return False
         if (
-            c.n_heads // c.n_kv_heads > _ROWS
+            c.sliding_layers
+            or c.n_heads // c.n_kv_heads > _ROWS
             or attention_bytes(c.head_dim, tiled=False) > device.workgroup_memory
         ):
             return False
@@ -147,8 +168,12 @@ class Prompt:
             keys, values = m.cache.keys[i], m.cache.values[i]
             yield self._rms_norm(previous, layer.input_layernorm)
             yield from layer.qkv_proj.matmul(self.xn, self.qkv, self.bytes)
-            yield self._cache_write(keys, values)
-            yield self._attention(keys, values)
+            qkv = self.qkv
+            if self.qkv_heads is not None:
+                yield self._qkv_heads(layer.qkv_added)
+                qkv = self.qkv_heads
+            yield self._cache_write(i, qkv, keys, values)
+            yield self._attention(i, qkv, keys, values)
             yield self._attention_combine()
             yield from layer.o_proj.matmul(self.attn, self.o, self.bytes)
 
@@ -198,7 +223,33 @@ class Prompt:
             max_pos=self._model.cache.max_pos,
         )
 
-    def _cache_write(self, keys: Any, values: Any) -> Step:
+    def _qkv_heads(self, weights: Any) -> Step:
+        c = self.config
+        kernel = self.kernels.get(
+            "qkv_heads", biased=c.qkv_bias, normed=c.qk_norm, splits=1, lanes=32
+        )
+        return Step(
+            kernel.dispatch(
+                [c.n_heads + 2 * c.n_kv_heads, 1],
+                dict(
+                    n_heads=c.n_heads,
+                    n_kv_heads=c.n_kv_heads,
+                    head_dim=c.head_dim,
+                    tokens=self.max_tokens,
+                    eps=c.norm_eps,
+                ),
+                y=self.qkv,
+                weights=weights,
+                out=self.qkv_heads,
+            ),
+            1,
+        )
+
+    def _rope(self, layer: int) -> Any:
+        m = self._model
+        return m.rope if self.config.is_rotated(layer) else m.no_rope
+
+    def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any) -> Step:
         c = self.config
         quads = c.n_kv_heads * half_padded(c) // 4
         return Step(
@@ -206,15 +257,15 @@ class Prompt:
                 [-(-quads // 64), 1],
                 self._heads,
                 state=self.state,
-                y=self.qkv,
-                rope=self._model.rope,
+                y=qkv,
+                rope=self._rope(layer),
                 k_cache=keys,
                 v_cache=values,
             ),
             1,
         )
 
-    def _attention(self, keys: Any, values: Any) -> Step:
+    def _attention(self, layer: int, qkv: Any, keys: Any, values: Any) -> Step:
         c = self.config
         half_quads = half_padded(c) // 4
         overrides = dict(tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS)
@@ -226,10 +277,10 @@ class Prompt:
         return Step(
             kernel.dispatch(
                 [c.n_kv_heads, 1, self._splits],
-                dict(scale=c.head_dim**-0.5, **self._heads),
+                dict(scale=c.score_scale, **self._heads),
                 state=self.state,
-                y=self.qkv,
-                rope=self._model.rope,
+                y=qkv,
+                rope=self._rope(layer),
                 k_cache=keys,
                 v_cache=values,
                 partial=self.partial,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 from test_engine import ADAPTERS, last_logits, open_device, rms
 from test_engine import files as files
 from test_engine import tokens as tokens
+from test_families import golden
 
 from engine.generate import Engine
 from model.llama import MAX_TOKENS
 from model.prompt import Prompt, attention_bytes
 from model.reference import Reference
+from weights.convert import CalibrationText, convert
 from weights.store import WeightsFile
 
 pytestmark = pytest.mark.gpu
@@ -154,3 +157,21 @@ def test_where_there_is_no_prompt_path(
     # Graphics cards have 32 KiB, most of them 48.
     assert attention_bytes(128, tiled=False) == 32 * 1024
     assert attention_bytes(128, tiled=True) == 38 * 1024
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS[:2])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3", "granite", "mistral"])
+def test_what_families_add(tmp_path: Path, tokens: list[int], family: str, adapter: str) -> None:
+    """Biases, norms of heads, layers without RoPE, scales: against the oracle, which rounds the
+    same, as above. Windows are left to short passes.
+    """
+    source, _, _ = golden(family, tmp_path)
+    path = tmp_path / "model.safetensors"
+    convert(source, path, 6, embed_bits=6, text=CalibrationText(0), progress=False)
+    file = WeightsFile.open(path)
+    ids = [token % file.config.vocab_size for token in tokens[:40]]
+    engine = Engine(file, open_device(adapter), context=48)
+    assert (engine._model.prompt is None) == bool(file.config.sliding_layers)
+    want = Reference.from_weights(file, int8=True).logits(ids)
+    rounding = rms(want - Reference.from_weights(file, cache_dtype=np.float32).logits(ids))
+    assert rms(engine.logits(ids) - want) <= 2**0.5 * rounding
