@@ -22,7 +22,6 @@ from codec.table import (
     MAX_SYMBOLS,
     build_tables,
     decode_tables,
-    entry_nbits,
     quantize_marginal,
 )
 
@@ -178,10 +177,8 @@ def decode_streams(m: CodedMatrix) -> npt.NDArray[np.int32]:
         decoder = _decoder(m, tables, chunk)
         visited, raw = decoder.run(n_steps(m.cols, m.group))
         entries = tables.ravel()[visited]
-        _check_ends(m, chunk, decoder.consumed - entry_nbits(entries[-1], m.log2_states))
-        q[chunk] = from_groups(entries, m.log2_states, m.group, raw, m.raw_bits, m.min_symbol)[
-            : m.cols
-        ].T
+        _check_ends(m, chunk, decoder.consumed - (entries[-1] & 31))
+        q[chunk] = from_groups(entries, m.group, raw, m.raw_bits, m.min_symbol)[: m.cols].T
     return q
 
 
@@ -198,7 +195,9 @@ def dequantize(m: CodedMatrix) -> npt.NDArray[np.float32]:
     return w
 
 
-def entry_points(m: CodedMatrix, columns: Sequence[int]) -> tuple[npt.NDArray[np.uint32], IntArray]:
+def entry_points(
+    m: CodedMatrix, columns: Sequence[int]
+) -> tuple[npt.NDArray[np.uint32], IntArray]:
     """Where a decoder can enter each row at `columns`: 0, then rising multiples of QUAD.
 
     Returns (bit position from the row's start) << P | state, u32 (columns, rows); and the bit at
@@ -218,7 +217,7 @@ def entry_points(m: CodedMatrix, columns: Sequence[int]) -> tuple[npt.NDArray[np
         for i, (start, end) in enumerate(pairwise([*starts, steps])):
             entries[i, chunk] = decoder.consumed << m.log2_states | decoder.states
             visited, _ = decoder.run(end - start)
-        unread = entry_nbits(tables.ravel()[visited[-1]], m.log2_states)
+        unread = tables.ravel()[visited[-1]] & 31
         end_bits[chunk] = m.row_offsets[:-1][chunk] + decoder.consumed - unread
     return entries, end_bits
 

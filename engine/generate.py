@@ -18,7 +18,7 @@ from engine.session import load_session, save_session
 from engine.speculate import LOOKUP, Chance, Draft, Lookup, Policy
 from engine.tokenizer import Tokenizer
 from model.kv_cache import KVCache
-from model.llama import CHECK_TOKENS, MAX_TOKENS, Llama
+from model.llama import CHECK_TOKENS, Llama
 from weights.cache import resolve
 from weights.convert import Bits
 from weights.store import WeightsFile
@@ -77,8 +77,8 @@ class Engine:
         # adapter a token takes so long that this would only delay it.
         self._tokens_per_submit = 1 if device.software else 8
         self._submits_ahead = 0 if device.software else 1
-        # Chunks of a prompt that are queued at once: Ctrl-C is heard between such batches.
-        self._chunks_ahead = 1 if device.software else 16
+        # Tokens of a prompt that are queued at once: Ctrl-C is heard between such batches.
+        self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
@@ -142,12 +142,11 @@ class Engine:
         self._stop_active()
         self._cached = []
         rows = []
-        for begin in range(0, len(token_ids), MAX_TOKENS):
-            chunk = token_ids[begin : begin + MAX_TOKENS]
-            self._model.write_state(begin, chunk)
-            run(self.device, self._model.layers[MAX_TOKENS], self._model.heads[MAX_TOKENS])
-            shape = (len(chunk), self.config.vocab_size)
-            rows.append(self.device.read(self._model.logits.buffer, np.float32, shape))
+        pos = 0
+        while pos < len(token_ids):
+            chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
+            rows.append(self._model.read_logits(pos, chunk))
+            pos += len(chunk)
         self._cached = list(token_ids)
         return np.concatenate(rows)
 
@@ -251,18 +250,17 @@ class Engine:
         self._sampler.configure(sampling)
         if self._draft is not None:
             self._draft._sampler.configure(sampling)
-        pos = reused
+        pos = heard = reused
         while pos < len(token_ids):
-            chunk = token_ids[pos : pos + MAX_TOKENS]
-            self._model.write_state(pos, chunk, sampling.seed)
+            chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
+            last = pos + len(chunk) == len(token_ids)
+            head = last and draw
+            plans = self._model.read(pos, chunk, sampling.seed, head=head)
+            run(self.device, *plans, *([self._sampler.plan] if head else []))
             pos += len(chunk)
-            few = len(chunk) == 1
-            plans: list[Plan] = [self._model.layers[1 if few else MAX_TOKENS]]
-            if draw and pos == len(token_ids):
-                plans += [self._model.last_head[1 if few else 0], self._sampler.plan]
-            run(self.device, *plans)
-            if pos < len(token_ids) and pos // MAX_TOKENS % self._chunks_ahead == 0:
+            if not last and pos - heard > self._tokens_ahead:
                 self._submit().read()
+                heard = pos
         return reused
 
     def _submit(self, plans: Sequence[Plan] = ()) -> Readback:

@@ -13,7 +13,7 @@ and their activations are f32; streams, entry points and lanes are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from engine.plan import Plan, run
 from model.gpu_layout import (
     BLOCK,
     CHUNK_BITS,
+    far_outliers,
     interleaved_streams,
     padded_rows,
     row_chunks,
@@ -45,8 +46,14 @@ _LANES_WANTED = 1 << 16
 _MAX_SEGMENT_BLOCKS = 8
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
+_TILE_TOKENS = 64  # of a workgroup of matmul; its rows are as many or twice that
+_BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
+_LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
+
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
-_ROWS_PER_LANE = 4  # of matvec_rows
+_ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
+_SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
+_UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what matmul_rows has in uniform memory
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Activations:
 
     digits: Any  # int8 (tokens, n_digits, 32 * n_blocks)
     scale: Any  # f32 (tokens, n_blocks, 2): scale, sum of the block
+    tokens: int = 0  # that matmul reads
 
     @classmethod
     def empty(
@@ -70,6 +78,17 @@ class Activations:
             device.empty(f"{label}.scale", tokens * n_blocks * 8),
         )
 
+    @classmethod
+    def for_matmul(cls, device: Device, label: str, tokens: int, cols: int) -> Activations:
+        """One digit; readable as uniform memory, in full windows wherever one begins."""
+        n_blocks = -(-cols // BLOCK)
+        blocks = tokens * n_blocks + _UNIFORM_BLOCKS
+        return cls(
+            device.empty(f"{label}.digits", blocks * BLOCK, STORAGE | UNIFORM),
+            device.empty(f"{label}.scale", blocks * 8, STORAGE | UNIFORM),
+            tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Output:
@@ -77,6 +96,41 @@ class Output:
 
     buffer: Any
     splits: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch of a pass of many tokens. Its workgroups along y each take `tokens_per_group`, from
+    `first_token` on and at most `max_tokens` in all; 0: it has nothing to do with tokens.
+    """
+
+    dispatch: Dispatch
+    tokens_per_group: int = 0
+    first_token: int = 0
+    max_tokens: int | None = None
+
+    def of(self, tokens: int) -> Dispatch:
+        """The launch when the pass has so many tokens; possibly of no workgroup."""
+        if not self.tokens_per_group:
+            return self.dispatch
+        tokens = max(0, tokens - self.first_token)
+        tokens = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
+        x, _, z = self.dispatch.workgroups
+        return replace(self.dispatch, workgroups=(x, -(-tokens // self.tokens_per_group), z))
+
+
+def uniform_tokens(n_blocks: int) -> int:
+    """Tokens whose activations matmul_rows may hold at once, 0 if too few: windows begin at
+    multiples of 256 bytes, of digits and of scales.
+    """
+    for tokens in (64, 32, 16, 8):
+        if tokens * n_blocks <= _UNIFORM_BLOCKS and tokens * n_blocks % 32 == 0:
+            return tokens
+    return 0
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // _BYTE_ROWS) * _BYTE_ROWS
 
 
 @dataclass(frozen=True)
@@ -130,6 +184,9 @@ class GpuMatrix:
         # What a decoded symbol means: overrides and params of the kernels that use it.
         self._overrides: dict[str, int] = dict(wide_symbols=self.floats)
         self._params = dict(offset=m.min_symbol << m.raw_bits)
+        self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
+        self._planes = 1 if m.raw_bits <= 2 else 2  # of bytes: shaders/shared/planes.wgsl
+        self._far = far_outliers(m)
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
             self._overrides |= dict(field_bits=floats.field_bits)
@@ -288,6 +345,98 @@ class GpuMatrix:
                 **activations,
                 y=y.buffer,
             )
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all weights as matmul reads them."""
+        return _whole_tiles(self.rows) * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._planes * self.n_blocks * BLOCK
+
+    def matmul(self, x: Activations, y: Any, bytes_: Any) -> Iterator[Step]:
+        """y[t] = W x[t], f32 (tokens, rows), for many tokens: int8 activations, no floats.
+
+        Rows are decoded to `bytes_`, as many at a time as it holds, and then multiplied.
+        """
+        room = bytes_.size // self._row_bytes // _BYTE_ROWS * _BYTE_ROWS
+        for part in self.parts:
+            for first_row in range(0, part.rows, room):
+                rows = min(room, part.rows - first_row)
+                params = dict(
+                    first_row=first_row,
+                    n_blocks=self.n_blocks,
+                    n_segments=self.n_segments,
+                    byte_rows=_whole_tiles(rows),
+                )
+                yield Step(self._decode(part, rows, params, bytes_))
+                inputs = dict(
+                    bytes=bytes_,
+                    row_info=part.row_info,
+                    far_outliers=self._far_outliers,
+                    y=y,
+                )
+                params |= dict(rows=rows, y_rows=self.rows)
+                multiply = self._multiply_rows if self.whole_rows else self._multiply_tiles
+                yield from multiply(x, params, inputs)
+
+    def _decode(self, part: _Part, rows: int, params: dict[str, int], bytes_: Any) -> Dispatch:
+        overrides = dict(planes=self._planes, **self._stream, **self._overrides)
+        buffers = dict(**part.buffers, table=self.table, outliers=self.outliers, bytes=bytes_)
+        params = params | self._symbols
+        if self.whole_rows:
+            kernel = self.kernels.get("decode_rows", **overrides)
+            return kernel.dispatch([-(-rows // _SOFTWARE_LANES)], params, **buffers)
+        group = self.segments_per_group
+        overrides |= dict(segments_per_group=group, lanes=TILE * group)
+        params |= dict(rows_padded=part.rows_padded)
+        kernel = self.kernels.get("decode_tile", **overrides)
+        return kernel.dispatch([-(-rows // TILE), self.splits], params, **buffers)
+
+    def _multiply_tiles(
+        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
+    ) -> Iterator[Step]:
+        row_groups = 2 if self.rows >= _LARGE_PRODUCT_ROWS else 1
+        tile = _TILE_TOKENS * row_groups
+        kernel = self.kernels.get(
+            "matmul",
+            row_groups=row_groups,
+            row_quads=4 * tile,
+            planes=self._planes,
+            n_states=self.n_states,
+            raw_bits=self._raw_bits,
+        )
+        dispatch = kernel.dispatch(
+            [-(-params["rows"] // tile), 1],
+            params,
+            x_digits=x.digits,
+            x_scale=x.scale,
+            **buffers,
+        )
+        yield Step(dispatch, _TILE_TOKENS)
+
+    def _multiply_rows(
+        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
+    ) -> Iterator[Step]:
+        kernel = self.kernels.get(
+            "matmul_rows", planes=self._planes, n_states=self.n_states, raw_bits=self._raw_bits
+        )
+        window = uniform_tokens(self.n_blocks)
+        for first in range(0, x.tokens, window):
+            at = first * self.n_blocks
+            dispatch = kernel.dispatch(
+                [-(-params["rows"] // (_SOFTWARE_LANES * _ROWS_PER_LANE)), 1],
+                params | dict(first_token=first),
+                x_digits=(x.digits, at * BLOCK, _UNIFORM_BLOCKS * BLOCK),
+                x_scale=(x.scale, at * 8, _UNIFORM_BLOCKS * 8),
+                **buffers,
+            )
+            yield Step(dispatch, _SOFTWARE_TOKENS, first, window)
+
+    @cached_property
+    def _far_outliers(self) -> Any:
+        return self.kernels.device.upload(f"{self.name}.far_outliers", self._far)
 
     @cached_property
     def _rows_by_number(self) -> Any:

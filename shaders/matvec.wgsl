@@ -43,20 +43,9 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   var sums = Sums();
   let end = first_block(segment + 1u);
   for (var block = first_block(segment); block < end; block++) {
-    var dots = array<i32, 3u * MAX_TOKENS>();
-    for (var half = 0u; half < 2u; half++) {
-      let w = decode16(&s);
-      for (var t = 0u; t < tokens; t++) {
-        for (var digit = 0u; digit < digits; digit++) {
-          dots[3u * t + digit] += dot16(w, x_digits[digits_at(t, digit, block) + half]);
-        }
-      }
-    }
-    for (var t = 0u; t < tokens; t++) {
-      var dot = 0.0;
-      for (var digit = digits; digit > 0u; digit--) { dot = dot * DIGIT + f32(dots[3u * t + digit - 1u]); }
-      sums[t] += scaled(dot, t, block);
-    }
+    let a = decode16(&s);
+    let b = decode16(&s);
+    for (var t = 0u; t < tokens; t++) { sums[t] += block_dot(a, b, t, block); }
   }
   // The row's segments share its outliers, wherever these are.
   let end_k = end_outlier(row);

@@ -97,7 +97,7 @@ def test_engine_computes_what_transformers_computes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["granite", "mistral", "qwen2", "qwen3", "smollm3"])
 def test_engine_reads_prompts_of_every_family_with_int8_activations(
     name: str, tmp_path: Path
 ) -> None:

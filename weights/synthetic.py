@@ -24,6 +24,7 @@ from engine.errors import EngineError, WeightsError
 from model.config import ModelConfig
 from weights import layout
 from weights.convert import DEFAULT_LOG2_STATES
+from weights.sources.families import read_family
 from weights.store import write_weights
 
 _TILE_ROWS = 2048  # that are coded
@@ -61,7 +62,7 @@ def shape(name: str | Path) -> ModelConfig:
     if str(name) in SHAPES:
         return SHAPES[str(name)]
     try:
-        return ModelConfig.from_hf(json.loads(Path(name).read_text("utf-8")))
+        return read_family(json.loads(Path(name).read_text("utf-8")), str(name)).config
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{name}: neither a config.json nor one of {', '.join(SHAPES)} ({error})"
@@ -140,12 +141,11 @@ def write_synthetic(config: ModelConfig, out: str | Path, bits: float) -> None:
             yield found.name, matrix(found.rows, found.cols, bits)
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>"))
-    ones = np.ones(config.dim, np.float32)
     write_weights(
         out,
         config=config,
         matrices=matrices(),
-        vectors={name: ones for name in layout.vectors(config)},
+        vectors={name: np.ones(size, np.float32) for name, size in layout.vectors(config).items()},
         tokenizer_json=tokenizer.to_str().encode(),
         chat_template=None,
         source=f"synthetic {config.n_params / 1e6:.0f}M",

@@ -13,6 +13,16 @@ fn digits_at(token: u32, digit: u32, block: u32) -> u32 {
   return ((token * digits + digit) * params.n_blocks + block) * 2u;
 }
 
+// What 32 columns of a row add to its product with a token, the row's scale apart.
+fn block_dot(a: Weights, b: Weights, token: u32, block: u32) -> f32 {
+  var dot = 0.0;
+  for (var digit = digits; digit > 0u; digit--) {
+    let at = digits_at(token, digit - 1u, block);
+    dot = dot * DIGIT + f32(dot16(a, x_digits[at]) + dot16(b, x_digits[at + 1u]));
+  }
+  return scaled(dot, token, block);
+}
+
 fn scaled(dot: f32, token: u32, block: u32) -> f32 {
   let x = x_scale[token * params.n_blocks + block];
   return dot * x.x + params.offset * x.y;
