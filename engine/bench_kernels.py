@@ -1,8 +1,8 @@
 """The matvec by itself: shapes of well-known models, coded beside uncompressed, on one device.
 
 Part of `python -m engine.bench` (--kernels). Every kernel runs over as many copies of its matrix as
-the cache cannot hold, one after another in one compute pass with a barrier each, as in a token step;
-medians over passes. The uncompressed kernels are tuned for each shape: the best of several
+the cache cannot hold, one after another in one compute pass with a barrier each, as in a token
+step; medians over passes. The uncompressed kernels are tuned for each shape: the best of several
 workgroup shapes is shown.
 """
 

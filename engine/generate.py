@@ -254,9 +254,8 @@ class Engine:
         while pos < len(token_ids):
             chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
             last = pos + len(chunk) == len(token_ids)
-            head = last and draw
-            plans = self._model.read(pos, chunk, sampling.seed, head=head)
-            run(self.device, *plans, *([self._sampler.plan] if head else []))
+            plans = self._model.read(pos, chunk, sampling.seed, head=last and draw)
+            run(self.device, *plans, *([self._sampler.plan] if last and draw else []))
             pos += len(chunk)
             if not last and pos - heard > self._tokens_ahead:
                 self._submit().read()

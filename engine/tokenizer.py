@@ -59,8 +59,7 @@ class Tokenizer:
         """Token ids of `text`; special tokens spelled out in it count as such.
 
         A BOS is added only if the model's own post-processor does so, and never to a text that
-        starts with it already, as a chat prompt may. WeightsError: a tokenizer that contradicts
-        itself.
+        starts with it already, as a chat prompt may. WeightsError: it contradicts itself.
         """
         bos = self._special.get("bos_token")
         starts_with_bos = bos is not None and text.startswith(bos)

@@ -1,10 +1,10 @@
 """Coded matrices in GPU memory: from the file's layout to the one that an adapter reads fastest.
 
 The streams of rows that are decoded side by side, a lane each, are interleaved. On a GPU a row is
-shared by as many lanes as fill it, each with a segment of columns; where they may enter the stream is
-found at load, by one pass over the matrix. On a software adapter a lane takes whole rows. All this is
-the adapter's business and not the format's. Rows lie sorted by class, so that a tile, which a
-workgroup decodes, needs one table; their results go to where they belong.
+shared by as many lanes as fill it, each with a segment of columns; where they may enter the stream
+is found at load, by one pass over the matrix. On a software adapter a lane takes whole rows. All
+this is the adapter's business and not the format's. Rows lie sorted by class, so that a tile, which
+a workgroup decodes, needs one table; their results go to where they belong.
 
 Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
 and their activations are f32; streams, entry points and lanes are the same.

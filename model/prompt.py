@@ -74,11 +74,10 @@ class Prompt:
         self.x = device.empty("prompt.x", 4 * n * c.dim)
         self.xn = Activations.for_matmul(device, "prompt.xn", n, c.dim)
         self.qkv = device.empty("prompt.qkv", 4 * n * (c.q_dim + 2 * c.kv_dim))
-        self.qkv_heads = (
-            self.qkv
-        )  # what attention reads: with biases and norms, where a family has some
+        # What attention reads: with biases and norms, where a family has some.
+        self.qkv_heads = self.qkv
         if model.qkv_heads is not None:
-            self.qkv_heads = device.empty("prompt.heads", self.qkv.size)
+            self.qkv_heads = device.empty("prompt.qkv_heads", self.qkv.size)
         self.partial = device.empty(
             "prompt.attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
@@ -97,9 +96,9 @@ class Prompt:
     def fits(model: Llama) -> bool:
         """Whether the adapter can run these kernels for such a model; they know no windows."""
         c, device = model.config, model.device
+        matrices = [m for layer in model.blocks for m in layer.matrices]
         if c.sliding_layers:
             return False
-        matrices = [m for layer in model.blocks for m in layer.matrices]
         if (
             c.n_heads // c.n_kv_heads > _ROWS
             or attention_bytes(c.head_dim, tiled=False) > device.workgroup_memory
