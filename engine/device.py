@@ -28,6 +28,7 @@ _RAISED_LIMITS = (
     "max-compute-workgroup-size-x",
     "max-compute-workgroup-size-y",
 )
+_MOST_BUFFERS = 13  # of a kernel; without that many there are no launches that do two things
 _PREFERENCE = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 3}  # anything else: 2
 
 # Without it Vulkan's window system layer, which nothing here uses, complains on stderr.
@@ -79,11 +80,15 @@ class Device:
         self.name = adapter_name(adapter)
         self.software = adapter.info["adapter_type"] == "CPU"
         self.timestamps = "timestamp-query" in adapter.features
+        # Whether a barrier for storage orders what the whole device sees: shaders/shared/last.wgsl.
+        self.fences = adapter.info["backend_type"] == "Vulkan"
         # Of no use to a CPU, whose vectors would hold half as many.
         self.int64 = "shader-int64" in adapter.features and not self.software
         self.allocated_bytes = 0
         limits = {name: adapter.limits[name] for name in _RAISED_LIMITS}
-        limits["max-storage-buffers-per-shader-stage"] = 8  # WebGPU's default; no kernel has more
+        buffers = "max-storage-buffers-per-shader-stage"  # 8 are WebGPU's default
+        limits[buffers] = min(adapter.limits[buffers], _MOST_BUFFERS)
+        self.fences &= limits[buffers] == _MOST_BUFFERS
         try:
             self.wgpu = adapter.request_device_sync(
                 required_features=["timestamp-query"] * self.timestamps

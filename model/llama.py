@@ -15,7 +15,7 @@ import numpy as np
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
-from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
+from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output, Then
 from model.kv_cache import KVCache, half_padded
 from model.prompt import Prompt
 from weights.store import WeightsFile
@@ -98,8 +98,12 @@ class Llama:
         self.lanes = 64 if device.software else 256
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
-        value_lanes = -(-half_padded(c) // 4 // 8) * 8
+        value_lanes = -(-c.head_dim // 4 // 8) * 8
         self._attention_shape = (max(16, value_lanes), 4) if device.software else (64, 1)
+        # Attention may finish a head by itself, a matvec of one token do what comes after it.
+        self._finish = c.head_dim % 32 == 0 and (device.fences or self._splits == 1)
+        self._finish &= self._attention_shape[0] >= c.head_dim // 4
+        self._fused = device.fences and self.digits != FLOAT
         n, d = MAX_TOKENS, self.digits
         first = self.blocks[0]
         self.state = device.empty("state", 4 * (4 + n))
@@ -109,6 +113,7 @@ class Llama:
         self.partial = device.empty(
             "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
+        self.arrived = device.empty("arrived", 4 * n * c.n_heads)
         self.attn = Activations.empty(device, "attn", n, d, c.q_dim)
         self.o = first.o_proj.output("o", n)
         self.gate_up = first.gate_up_proj.output("gate_up", n)
@@ -194,30 +199,47 @@ class Llama:
         return self.rope if self.config.is_rotated(layer) else self.no_rope
 
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
-        n = {"tokens": tokens, "digits": self.digits}
-        previous: Output | None = None
+        n: dict[str, Any] = {"tokens": tokens, "digits": self.digits}
+        fused = self._fused and tokens == 1
+        norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
         for i, layer in enumerate(self.blocks):
             keys, values = self.cache.keys[i], self.cache.values[i]
-            yield self._rms_norm(previous, layer.input_layernorm, tokens)
+            if i == 0 or not fused:
+                yield self._rms_norm(self.down if i else None, norms[i], tokens)
             yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n)
             qkv = self.qkv
             if self.qkv_heads is not None:
                 yield self._qkv_heads(layer.qkv_added, self.qkv_heads, tokens)
                 qkv = self.qkv_heads
             yield self._attention(i, qkv, keys, values, tokens)
-            yield self._attention_combine(tokens)
-            yield from layer.o_proj.matvec(self.attn, self.o, **n)
+            if not self._finish:
+                yield self._attention_combine(tokens)
+            norm = layer.post_attention_layernorm
+            if fused:
+                then = self._then_norm(norm)
+                yield from layer.o_proj.matvec(self.attn, self.o, **n, then=then)
 
-            yield self._rms_norm(self.o, layer.post_attention_layernorm, tokens)
-            yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n)
-            yield self._swiglu(tokens)
-            yield from layer.down_proj.matvec(self.h, self.down, **n)
-            previous = self.down
+                then = Then(True, self.config.hidden_dim, 0, self.x, norm, self.h, self.arrived)
+                yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, then=then)
+                then = self._then_norm(norms[i + 1])
+                yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
+            else:
+                yield from layer.o_proj.matvec(self.attn, self.o, **n)
+
+                yield self._rms_norm(self.o, norm, tokens)
+                yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n)
+                yield self._swiglu(tokens)
+                yield from layer.down_proj.matvec(self.h, self.down, **n)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
-        yield self._rms_norm(self.down, self.norm, tokens, pass_tokens=pass_tokens)
+        if pass_tokens > 1 or not self._fused:
+            yield self._rms_norm(self.down, self.norm, tokens, pass_tokens=pass_tokens)
         yield from self.lm_head.matvec(self.xn, self.logits, tokens=tokens, digits=self.digits)
+
+    def _then_norm(self, weight: Any) -> Then:
+        c = self.config
+        return Then(False, c.dim, c.norm_eps, self.x, weight, self.xn, self.arrived)
 
     def _rms_norm(
         self, y: Output | None, weight: Any, tokens: int, pass_tokens: int | None = None
@@ -232,7 +254,6 @@ class Llama:
             [1, tokens],
             dict(
                 dim=dim,
-                n_blocks=-(-dim // 32),
                 tokens=pass_tokens,
                 last=int(tokens < pass_tokens),
                 eps=self.config.norm_eps,
@@ -275,6 +296,8 @@ class Llama:
             lanes=lanes,
             per_lane=per_lane,
             n_splits=self._splits,
+            finish=self._finish,
+            digits=self.digits,
         )
         return kernel.dispatch(
             [self._splits, c.n_heads, tokens],
@@ -293,6 +316,9 @@ class Llama:
             k_cache=keys,
             v_cache=values,
             partial=self.partial,
+            arrived=self.arrived,
+            x_digits=self.attn.digits,
+            x_scale=self.attn.scale,
         )
 
     def _attention_combine(self, tokens: int) -> Dispatch:

@@ -177,7 +177,6 @@ class Prompt:
                 [1, 1],
                 dict(
                     dim=dim,
-                    n_blocks=-(-dim // 32),
                     tokens=self.max_tokens,
                     last=last,
                     eps=self.config.norm_eps,
