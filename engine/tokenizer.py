@@ -116,4 +116,7 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=False)
 
     def push(self, token_id: int) -> str:
-        return self._decoder.step(self._tokenizer, token_id) or ""
+        try:
+            return self._decoder.step(self._tokenizer, token_id) or ""
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise WeightsError(f"tokenizer.json cannot decode token {token_id}: {error}") from None

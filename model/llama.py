@@ -194,6 +194,10 @@ class Llama:
     def _logits(self, tokens: int) -> np.ndarray:
         return self.device.read(self.logits.buffer, np.float32, (tokens, self.config.vocab_size))
 
+    def turns(self, layer: int) -> Any:
+        """The table by which a layer's q and k are rotated."""
+        return self.rope if self.config.is_rotated(layer) else self.no_rope
+
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
         n: dict[str, Any] = {"tokens": tokens, "digits": self.digits}
         fused = self._fused and tokens == 1
@@ -308,7 +312,7 @@ class Llama:
             ),
             state=self.state,
             y=qkv.buffer,
-            rope=self.rope if c.is_rotated(layer) else self.no_rope,
+            rope=self.turns(layer),
             k_cache=keys,
             v_cache=values,
             partial=self.partial,

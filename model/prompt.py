@@ -245,10 +245,6 @@ class Prompt:
             1,
         )
 
-    def _rope(self, layer: int) -> Any:
-        m = self._model
-        return m.rope if self.config.is_rotated(layer) else m.no_rope
-
     def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any) -> Step:
         c = self.config
         quads = c.n_kv_heads * half_padded(c) // 4
@@ -258,7 +254,7 @@ class Prompt:
                 self._heads,
                 state=self.state,
                 y=qkv,
-                rope=self._rope(layer),
+                rope=self._model.turns(layer),
                 k_cache=keys,
                 v_cache=values,
             ),
@@ -280,7 +276,7 @@ class Prompt:
                 dict(scale=c.score_scale, **self._heads),
                 state=self.state,
                 y=qkv,
-                rope=self._rope(layer),
+                rope=self._model.turns(layer),
                 k_cache=keys,
                 v_cache=values,
                 partial=self.partial,

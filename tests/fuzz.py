@@ -12,6 +12,7 @@ files.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import signal
@@ -126,7 +127,7 @@ def damaged_json(value: Any, rng: Rng) -> Any:
             elif kind == 1 and isinstance(part, dict):
                 part[f"{key}x"] = part[key]
             else:
-                part[key] = _VALUES[rng.integers(len(_VALUES))]
+                part[key] = copy.deepcopy(_VALUES[rng.integers(len(_VALUES))])
             break
     return value
 

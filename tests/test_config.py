@@ -60,6 +60,8 @@ def test_config_refuses_other_architectures_by_name(change: dict[str, Any], name
     "change",
     [
         {"dim": 0},
+        {"n_layers": 2**31},
+        {"head_dim": 2**31},
         {"n_layers": True},
         {"hidden_dim": 70.0},
         {"n_heads": 3},

@@ -97,7 +97,7 @@ def test_engine_computes_what_transformers_computes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["granite", "mistral", "qwen2", "qwen3", "smollm3"])
 def test_engine_reads_prompts_of_every_family_with_int8_activations(
     name: str, tmp_path: Path
 ) -> None:
@@ -243,6 +243,19 @@ def test_llama3_divides_low_frequencies_alone() -> None:
         ),
         ({"model_type": "mistral", "num_key_value_heads": 6, "sliding_window": 0}, "window is 0"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648"),
+        ({"head_dim": 2**31, "rope_scaling": {"type": "linear", "factor": 2}}, "head_dim is 2147"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 1e300,
+                    "original_max_position_embeddings": 9,
+                }
+            },
+            r"factor is 1e\+300",
+        ),
     ],
 )
 def test_family_names_what_it_cannot_compute(change: dict[str, Any], named: str) -> None:

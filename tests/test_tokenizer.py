@@ -118,6 +118,14 @@ def test_tokenizer_refuses_a_damaged_file(damaged: bytes) -> None:
         Tokenizer(damaged, None, CONFIG)
 
 
+def test_tokenizer_names_what_it_cannot_encode() -> None:
+    described = json.loads(tokenizer_json())
+    described["model"]["unk_token"] = "nowhere"
+    tokenizer = Tokenizer(json.dumps(described).encode(), None, CONFIG)
+    with pytest.raises(WeightsError, match=r"cannot encode a text: .*nowhere"):
+        tokenizer.encode("\u00e9")
+
+
 def test_tokenizer_refuses_ids_beyond_the_models_vocabulary() -> None:
     with pytest.raises(WeightsError, match="96"):
         Tokenizer(tokenizer_json(), None, dataclasses.replace(CONFIG, vocab_size=96))

@@ -141,12 +141,11 @@ def write_synthetic(config: ModelConfig, out: str | Path, bits: float) -> None:
             yield found.name, matrix(found.rows, found.cols, bits)
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>"))
-    ones = np.ones(config.dim, np.float32)
     write_weights(
         out,
         config=config,
         matrices=matrices(),
-        vectors={name: ones for name in layout.vectors(config)},
+        vectors={name: np.ones(size, np.float32) for name, size in layout.vectors(config).items()},
         tokenizer_json=tokenizer.to_str().encode(),
         chat_template=None,
         source=f"synthetic {config.n_params / 1e6:.0f}M",
