@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
+from weights.bits import parse_bits
 
 if TYPE_CHECKING:
     from engine import Engine, Sampling
@@ -312,11 +313,6 @@ def _within(kind: type[float], low: float, high: float = 2**32 - 1) -> Callable[
     return parse
 
 
-def _bits(text: str) -> float | str:
-    """An argparse type: a rate, or the word for all of the weights' bits."""
-    return text if text == "lossless" else _within(float, 1, 16)(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="answer",
@@ -326,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     count = _within(int, 1)
     add("--model", default="smollm2", help="weights file or name of a model (%(default)s)")
-    add("--bits", type=_bits, help="stored bits per weight, or lossless, when it is converted")
+    add("--bits", type=parse_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=count, metavar="N", help="tokens of prompt and answer together")
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")

@@ -25,8 +25,8 @@ import numpy as np
 
 from engine.errors import EngineError
 from engine.generate import Engine, Stats
+from weights.bits import parse_bits
 from weights.cache import DEFAULT_MODEL
-from weights.convert import parse_bits
 
 _WARM_UP_SECONDS = 0.5
 

@@ -17,8 +17,8 @@ from engine.plan import Plan, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.tokenizer import Tokenizer
 from model.llama import MAX_TOKENS, Llama
+from weights.bits import Bits
 from weights.cache import resolve
-from weights.convert import Bits
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096

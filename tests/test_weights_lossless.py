@@ -138,7 +138,7 @@ def test_convert_command_names_bits_that_are_none(
     with pytest.raises(SystemExit):
         command.main(["smollm2", "out", "--bits", bits])
     assert (
-        f"argument --bits: expected a number or lossless, found {bits!r}" in capsys.readouterr().err
+        f"argument --bits: expected 0.25 to 8, or lossless, found {bits}" in capsys.readouterr().err
     )
 
 

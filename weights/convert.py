@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -26,6 +25,7 @@ from codec.matrix import CodedMatrix, decode_matrix
 from engine.errors import EngineError, WeightsError
 from engine.tokenizer import Tokenizer
 from weights import layout
+from weights.bits import Bits, parse_bits
 from weights.calibration.calibration import Calibration, calibrate, own_text
 from weights.calibration.text import read_windows
 from weights.folder import cache_folder
@@ -41,7 +41,6 @@ from weights.store import WeightsFile, write_weights
 RECIPE_VERSION = 3
 
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
-Bits = float | Literal["lossless"]  # stored per weight
 DEFAULT_BITS = 5.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
 DEFAULT_LOG2_STATES = 11
@@ -180,16 +179,6 @@ def _encode_lossless(
     if not np.array_equal(decode_lossless(coded).view(np.uint32), w.view(np.uint32)):
         raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
     return coded, describe(matrix.name, coded, w)
-
-
-def parse_bits(text: str) -> Bits:
-    """An argparse type: what `--bits` takes."""
-    if text == "lossless":
-        return "lossless"
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or lossless, found {text!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from weights.sources import Source
 
 Tokens = npt.NDArray[np.int64]
 
+_DRAW_BLOCK = 256  # tokens of a vocabulary whose probabilities are summed first
 _PART = 1 << 19  # weights; whatever the number of cores, so that roundings are the same
 
 
@@ -138,8 +139,20 @@ def softmax(logits: Floats) -> Floats:
 def draw(p: Floats, uniform: Floats) -> Tokens:
     """Rows of probabilities (n, vocab_size), numbers in [0, 1) (n,) -> an index for each row (n,).
 
-    By inversion: the first at which the cumulated probability reaches the number.
+    By inversion: the first at which the cumulated probability reaches the number; cumulated over
+    blocks of the vocabulary first, then within the block where that is.
     """
-    cdf = np.cumsum(p, axis=-1, dtype=np.float64)
-    drawn: Tokens = np.argmax(cdf >= (uniform * cdf[:, -1])[:, None], axis=-1)
+    n, size = p.shape
+    sums = np.add.reduceat(p, np.arange(0, size, _DRAW_BLOCK), axis=-1, dtype=np.float64)
+    cdf = np.cumsum(sums, axis=-1)
+    wanted = uniform * cdf[:, -1]
+    rows = np.arange(n)
+    block = np.argmax(cdf >= wanted[:, None], axis=-1)
+    index = block[:, None] * _DRAW_BLOCK + np.arange(_DRAW_BLOCK)
+    inside = np.where(index < size, p[rows[:, None], np.minimum(index, size - 1)], 0)
+    cdf_inside = np.cumsum(inside, axis=-1, dtype=np.float64)
+    # What is left to be reached here; rounding may put it a little beyond the block's end.
+    wanted -= cdf[rows, block] - sums[rows, block]
+    reached = cdf_inside >= np.minimum(wanted, cdf_inside[:, -1])[:, None]
+    drawn: Tokens = index[rows, np.argmax(reached, axis=-1)]
     return drawn
