@@ -36,9 +36,7 @@ def inverse_factor(hessian: npt.NDArray[np.floating], damping: float = DAMPING) 
     return _inverse(_factor(hessian, damping))
 
 
-def inverse_factor_diagonal(
-    hessian: npt.NDArray[np.floating], damping: float = DAMPING
-) -> Floats:
+def inverse_factor_diagonal(hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Floats:
     """The diagonal of `inverse_factor` alone (cols,), for a quarter of the work."""
     diagonal: Floats = 1 / np.diag(_factor(hessian, damping))
     return diagonal
