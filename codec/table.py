@@ -21,7 +21,6 @@ RARE = 32  # a group due less than 1/RARE of a state gets none, of one more if t
 
 _WEIGHT_BITS = 32  # of a group's weight: its probability is weight / 2^32
 _SYMBOL_BITS = 16  # of an entry, for all symbols of a group
-_SYMBOLS_AT = 5
 
 IntArray = npt.NDArray[np.int64]
 
@@ -98,26 +97,32 @@ def group_frequencies(marginal: npt.NDArray[np.uint16], log2_states: int, group:
 def decode_table(
     marginal: npt.NDArray[np.uint16], log2_states: int, group: int
 ) -> npt.NDArray[np.uint32]:
-    """One entry per state (2^P,); the next state is base + the next nbits bits of the stream.
+    """One entry per state (2^P,): x in its low P bits, then 16 bits of symbols, nbits on top.
 
-    Bits 0..4 nbits, 5..20 the symbols, the first lowest, 21..31 base; for P = 12, where nbits >= 1
-    makes every base even, base / 2. A symbol of two has a byte, so that a float's exponent fits in
-    its place; one of four has four bits.
+    The next state is x followed by the next nbits bits of the stream, less its leading one, which
+    is bit P: one funnel shift of entry and stream, and a mask. A symbol of two has a byte, so that
+    a float's exponent fits in its place; one of four has four bits. The first is lowest.
     """
     number, x = _spread(marginal, log2_states, group)
     nbits = log2_states - _floor_log2(x)
-    base = (x << nbits) - (1 << log2_states)
-    entries = nbits | base >> (log2_states - 11) << _SYMBOLS_AT + _SYMBOL_BITS
+    entries = x | nbits << log2_states + _SYMBOL_BITS
     for i, symbol in enumerate(all_groups(marginal.size, group)):
-        entries |= symbol[number] << _SYMBOLS_AT + i * _SYMBOL_BITS // group
+        entries |= symbol[number] << log2_states + i * _SYMBOL_BITS // group
     return entries.astype(np.uint32)
 
 
-def entry_symbols(entries: npt.NDArray[np.uint32], group: int) -> list[npt.NDArray[np.uint32]]:
+def entry_nbits(entries: npt.NDArray[np.uint32], log2_states: int) -> npt.NDArray[np.uint32]:
+    """How many bits of the stream complete the next state, of each entry."""
+    return entries >> np.uint32(log2_states + _SYMBOL_BITS)
+
+
+def entry_symbols(
+    entries: npt.NDArray[np.uint32], log2_states: int, group: int
+) -> list[npt.NDArray[np.uint32]]:
     """The symbols that entries have: `group` arrays of their shape, the first weight's first."""
     width = _SYMBOL_BITS // group
     mask = np.uint32((1 << width) - 1)
-    return [entries >> np.uint32(_SYMBOLS_AT + i * width) & mask for i in range(group)]
+    return [entries >> np.uint32(log2_states + i * width) & mask for i in range(group)]
 
 
 def build_table(marginal: npt.NDArray[np.uint16], log2_states: int, group: int) -> Table:

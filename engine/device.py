@@ -78,12 +78,15 @@ class Device:
         self.name = adapter_name(adapter)
         self.software = adapter.info["adapter_type"] == "CPU"
         self.timestamps = "timestamp-query" in adapter.features
+        # Of no use to a CPU, whose vectors would hold half as many.
+        self.int64 = "shader-int64" in adapter.features and not self.software
         self.allocated_bytes = 0
         limits = {name: adapter.limits[name] for name in _RAISED_LIMITS}
         limits["max-storage-buffers-per-shader-stage"] = 8  # WebGPU's default; no kernel has more
         try:
             self.wgpu = adapter.request_device_sync(
-                required_features=["timestamp-query"] if self.timestamps else [],
+                required_features=["timestamp-query"] * self.timestamps
+                + ["shader-int64"] * self.int64,
                 required_limits=limits,
             )
         except Exception as error:  # wgpu raises RuntimeError and GPUError alike

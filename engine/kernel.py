@@ -35,12 +35,17 @@ _PACK = {"u32": "I", "i32": "i", "f32": "f"}
 
 
 @cache
-def shader_source(name: str) -> str:
-    """The text of shaders/NAME.wgsl, each `//#import X` line replaced by shaders/shared/X.wgsl."""
+def shader_source(name: str, wide: bool = False) -> str:
+    """The text of shaders/NAME.wgsl, each `//#import X` line replaced by shaders/shared/X.wgsl.
+
+    With `wide`, for devices with 64-bit integers, by X_wide.wgsl where there is one.
+    """
     folder = files("shaders")
 
     def shared(match: re.Match[str]) -> str:
         file = folder / "shared" / f"{match[1]}.wgsl"
+        if wide and (folder / "shared" / f"{match[1]}_wide.wgsl").is_file():
+            file = folder / "shared" / f"{match[1]}_wide.wgsl"
         if not file.is_file():
             raise FileNotFoundError(
                 f"shaders/{name}.wgsl imports {match[1]}, but there is no {file}"
@@ -63,7 +68,7 @@ class Kernel:
     """A compiled shader with its overrides fixed."""
 
     def __init__(self, device: Device, name: str, **overrides: int) -> None:
-        code = shader_source(name)
+        code = shader_source(name, device.int64)
         self.device = device
         self.name = name
         self.bindings = {m[3]: (int(m[1]), m[2]) for m in _BINDING.finditer(code)}

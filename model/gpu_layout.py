@@ -37,17 +37,6 @@ def padded_rows(rows: int) -> int:
     return -(-rows // TILE) * TILE
 
 
-def streams(m: CodedMatrix, rows: Rows) -> tuple[npt.NDArray[np.uint32], Rows]:
-    """The words of some rows, one row after another, and the bit in which each starts."""
-    first = m.row_offsets[rows] // 32
-    end = -(-m.row_offsets[rows + 1] // 32)
-    if m.n_classes == 1:  # then rows follow each other in the file as well
-        return m.words[first[0] : end[-1]], m.row_offsets[rows] - 32 * first[0]
-    words = np.concatenate([m.words[i:j] for i, j in zip(first, end, strict=True)])
-    starts = np.cumsum(end - first) - (end - first)
-    return words, 32 * starts + m.row_offsets[rows] % 32
-
-
 def interleaved_streams(
     m: CodedMatrix, rows: Rows, lanes: int
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:

@@ -1,10 +1,10 @@
 """Coded matrices in GPU memory: from the file's layout to the one that an adapter reads fastest.
 
-On a GPU streams stay as they are in the file. What is added at load is where lanes may enter them:
-every `segment_blocks` * 32 columns of every row, found by one pass over the matrix. On a software
-adapter a lane takes whole rows, and the streams of neighbouring rows are interleaved. Both are the
-adapter's business and not the format's. On both, rows lie sorted by class, so that a tile, which a
-workgroup decodes, needs one table; their results go to where they belong.
+The streams of rows that are decoded side by side, a lane each, are interleaved. On a GPU entry points
+are added at load, where lanes may enter: every `segment_blocks` * 32 columns of every row, found by
+one pass over the matrix; on a software adapter a lane takes whole rows. Both are the adapter's
+business and not the format's. Rows lie sorted by class, so that a tile, which a workgroup decodes,
+needs one table; their results go to where they belong.
 
 Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
 and their activations are f32; streams, entry points and lanes are the same.
@@ -34,7 +34,6 @@ from model.gpu_layout import (
     padded_rows,
     row_chunks,
     row_info,
-    streams,
     tiled_fields,
 )
 
@@ -48,7 +47,7 @@ _MAX_SEGMENT_BLOCKS = 4
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
-_ROWS_PER_LANE = 4  # of matvec_rows: the activations are loaded once for all of them
+_ROWS_PER_LANE = 4  # of matvec_rows
 
 
 @dataclass(frozen=True)
@@ -127,11 +126,11 @@ class GpuMatrix:
         self._group = m.group
         self._raw_bits = m.raw_bits
         # What a decoded symbol means: overrides and params of the kernels that use it.
-        self._overrides: dict[str, int] = {}
+        self._overrides: dict[str, int] = dict(wide_symbols=self.floats)
         self._params = dict(offset=m.min_symbol << m.raw_bits)
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
-            self._overrides = dict(field_bits=floats.field_bits)
+            self._overrides |= dict(field_bits=floats.field_bits)
             self._params = dict(row_chunks=row_chunks(floats))
             tables = exponent_tables(floats)
 
@@ -153,7 +152,7 @@ class GpuMatrix:
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
         self.table = device.upload(f"{name}.table", tables, STORAGE | UNIFORM)
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
-        self.interleave = _SOFTWARE_LANES if self.whole_rows else 1
+        self.interleave = _SOFTWARE_LANES if self.whole_rows else TILE
         self._order = classes.device_order(m.classes)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
@@ -168,10 +167,7 @@ class GpuMatrix:
             most = TILE * max(1, self.kernels.device.max_binding_bytes // tile_bytes)
         # Interleaving fills rows up to the longest beside them: at most one longest row a group.
         room = 8 * (self.kernels.device.max_binding_bytes - self._guard_bytes(m)) - CHUNK_BITS
-        bits = m.row_bits[self._order] + 2 * 32
-        if self.interleave > 1:
-            bits[:] = m.row_bits.max() + 2 * CHUNK_BITS
-        ends = np.append(0, np.cumsum(bits))
+        ends = np.arange(m.rows + 1) * (m.row_bits.max() + 2 * CHUNK_BITS)
         begin = 0
         while begin < m.rows:
             end = int(np.searchsorted(ends, ends[begin] + room, side="right")) - 1
@@ -195,10 +191,7 @@ class GpuMatrix:
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> _Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
         numbers = self._order[begin:end]
-        if self.interleave == 1:
-            words, bits = streams(m, numbers)
-        else:
-            words, bits = interleaved_streams(m, numbers, self.interleave)
+        words, bits = interleaved_streams(m, numbers, self.interleave)
         self._by_number[numbers] = row_info(m, numbers, bits, np.arange(begin, end))
         info = np.zeros((padded, 4), np.uint32)
         info[:rows] = row_info(m, numbers, bits, numbers)
@@ -214,7 +207,7 @@ class GpuMatrix:
             device.upload(f"{label}.mantissas", tiled_fields(floats, numbers)) if floats else None,
         )
         if self.n_segments > 1:
-            kernel = self.kernels.get("entry_points", **self._stream)
+            kernel = self.kernels.get("entry_points", **self._stream, wide_symbols=self.floats)
             dispatch = kernel.dispatch(
                 [-(-rows // TILE)],
                 dict(
@@ -260,12 +253,12 @@ class GpuMatrix:
             name, activations = "matvec", dict(x_digits=x.digits, x_scale=x.scale)
             overrides["digits"] = digits
         if self.whole_rows:
-            kernel = self.kernels.get(f"{name}_rows", rows_per_lane=_ROWS_PER_LANE, **overrides)
+            kernel = self.kernels.get(f"{name}_rows", **overrides)
             tile, segments = _SOFTWARE_LANES * _ROWS_PER_LANE, {}
         else:
             group = self.segments_per_group
             overrides |= dict(segments_per_group=group, partials=TILE * group)
-            kernel = self.kernels.get(name, rows_per_lane=1, **overrides)
+            kernel = self.kernels.get(name, **overrides)
             tile = TILE
             segments = dict(n_segments=self.n_segments, segment_blocks=self.segment_blocks)
         for part in self.parts:
@@ -297,7 +290,7 @@ class GpuMatrix:
         kernel = self.kernels.get(name, **self._stream, **self._overrides)
         for part in self.parts:
             yield kernel.dispatch(
-                [-(-self.n_segments // 32), tokens],
+                [1, tokens],
                 dict(
                     row_begin=part.row_begin,
                     rows=part.rows,

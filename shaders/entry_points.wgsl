@@ -2,6 +2,7 @@
 // Run once at load. One lane walks one row; entries of segment 0 are the file's initial states.
 // Dispatch: ceil(rows / 32).
 
+//#import funnel
 //#import ans
 //#import stream
 //#import matrix
@@ -14,7 +15,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> words: array<u32>;
+@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
 @group(0) @binding(3) var<storage, read> table: array<u32>;
 @group(0) @binding(4) var<storage, read_write> entries: array<u32>;  // (n_segments, rows_padded)
@@ -25,10 +26,9 @@ fn table_entry(s: ptr<function, Stream>) -> u32 { return table[(*s).table + (*s)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   if (id.x >= params.rows) { return; }
   let row = row_info[id.x];
-  let bit = row.bit;
-  var s = open_stream(bit, entries[id.x], first_entry(row));
+  var s = open_stream(row.bit, 0u, entries[id.x], first_entry(row));
   for (var segment = 1u; segment < params.n_segments; segment++) {
     for (var half = 0u; half < 2u * params.segment_blocks; half++) { _ = decode16(&s); }
-    entries[segment * params.rows_padded + id.x] = (stream_bit(&s) - bit) * n_states + s.state;
+    entries[segment * params.rows_padded + id.x] = bits_read(&s, row.bit) * n_states + s.state;
   }
 }

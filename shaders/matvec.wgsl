@@ -3,6 +3,7 @@
 // adds the splits up. Dispatch: (row tiles, splits). int8 digits times integers, exact; sums over blocks in f32.
 
 //#import state
+//#import funnel
 //#import ans
 //#import stream
 //#import matrix
@@ -21,7 +22,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> words: array<u32>;
+@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
 @group(0) @binding(3) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
 @group(0) @binding(4) var<storage, read> table: array<vec4<u32>>;
@@ -37,15 +38,25 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   let row = row_info[index];
   load_table(lane, first_entry(row_info[group.x * 32u]));
   let segment = group.y * segments_per_group + local.y;
-  var sums: array<Sums, MAX_ROWS>;  // rows_per_lane is 1 here
+  var sums = Sums();
   if (segment < params.n_segments) {
     let entry = entries[segment * params.rows_padded + index];
-    var streams: array<Stream, MAX_ROWS>;
-    streams[0] = open_stream(row.bit + entry / n_states, entry & (n_states - 1u), 0u);
+    var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
     let begin = segment * params.segment_blocks;
     let end = min(begin + params.segment_blocks, params.n_blocks);
-    for (var block = begin; block < end; block++) { accumulate_block(&streams, block, &sums); }
-    if (segment == 0u) { sums[0] = add_outliers(row, sums[0]); }
+    for (var block = begin; block < end; block++) {
+      let a = decode16(&s);
+      let b = decode16(&s);
+      for (var t = 0u; t < tokens; t++) { sums[t] += block_dot(a, b, t, block); }
+    }
+    // The row's segments share its outliers, wherever these are.
+    let end_k = end_outlier(row);
+    for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
+      let outlier = outliers[k];
+      for (var t = 0u; t < tokens; t++) {
+        sums[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
+      }
+    }
   }
-  write_sums(sums[0], row_scale(row), matrix_row(row), index, local.xy, group.y);
+  write_sums(sums, row_scale(row), matrix_row(row), index, local.xy, group.y);
 }

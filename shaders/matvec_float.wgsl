@@ -2,6 +2,7 @@
 // Lanes, segments and splits as in matvec; f32 throughout. Dispatch: (row tiles, splits).
 
 //#import state
+//#import funnel
 //#import ans
 //#import stream
 //#import matrix
@@ -21,7 +22,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> words: array<u32>;
+@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
 @group(0) @binding(3) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
 @group(0) @binding(4) var<storage, read> table: array<vec4<u32>>;
@@ -37,16 +38,24 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   let row = row_info[index];
   load_table(lane, first_entry(row_info[group.x * 32u]));
   let segment = group.y * segments_per_group + local.y;
-  var sums: array<Sums, MAX_ROWS>;  // rows_per_lane is 1 here
+  var sums = Sums();
   if (segment < params.n_segments) {
     let chunk = first_chunk(index);
     let entry = entries[segment * params.rows_padded + index];
     let begin = segment * params.segment_blocks;
     let end = min(begin + params.segment_blocks, params.n_blocks);
-    var streams: array<Stream, MAX_ROWS>;
-    streams[0] = open_stream(row.bit + entry / n_states, entry & (n_states - 1u), 0u);
-    for (var block = begin; block < end; block++) { accumulate_block(&streams, vec4<u32>(chunk), block, &sums); }
-    if (segment == 0u) { sums[0] = add_outliers(row, chunk, sums[0]); }
+    var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
+    for (var column_group = 2u * begin; column_group < 2u * end; column_group++) {
+      let w = decode_floats(&s, chunk, column_group);
+      for (var t = 0u; t < tokens; t++) { sums[t] += group_dot(w, t, column_group); }
+    }
+    // The row's segments share its outliers, wherever these are.
+    let end_k = end_outlier(row);
+    for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
+      let column = outlier_column(outliers[k]);
+      let w = outlier_floats(chunk, outliers[k]);
+      for (var t = 0u; t < tokens; t++) { sums[t] += outlier_dot(w, t, column); }
+    }
   }
-  write_sums(sums[0], 1.0, matrix_row(row), index, local.xy, group.y);
+  write_sums(sums, 1.0, matrix_row(row), index, local.xy, group.y);
 }

@@ -1,15 +1,17 @@
 // y[t, row] = sum of W[row, column] x[t, column]: matvec_float for software adapters, as matvec_rows is matvec for them.
-// Dispatch: ceil(rows / (LANES * rows_per_lane)).
+// Dispatch: ceil(rows / (LANES * ROWS)).
 
 //#import state
+//#import funnel
 //#import ans
-//#import stream_wide
+//#import stream
 //#import matrix
 //#import floats
 //#import sums
 //#import dot_float
 
 const LANES = 8u;  // one AVX2 vector; the rows that interleave
+const ROWS = 4u;   // of a lane: the activations are loaded once for all of them
 
 struct Params {
   rows: u32,
@@ -35,21 +37,37 @@ fn table_entry(s: ptr<function, Stream>) -> u32 {
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
-  let first = group.x * LANES * rows_per_lane + lane;
-  var streams: array<Stream, MAX_ROWS>;
-  var chunks: vec4<u32>;
-  var sums: array<Sums, MAX_ROWS>;
-  for (var r = 0u; r < rows_per_lane; r++) {
+  let first = group.x * LANES * ROWS + lane;
+  var streams: array<Stream, ROWS>;
+  var chunks: array<u32, ROWS>;
+  var sums: array<Sums, ROWS>;
+  for (var r = 0u; r < ROWS; r++) {
     let index = first + r * LANES;
     let row = row_info[index];
-    streams[r] = open_stream(row.bit, entries[index], first_entry(row));
+    streams[r] = open_stream(row.bit, 0u, entries[index], first_entry(row));
     chunks[r] = first_chunk(index);
   }
-  for (var block = 0u; block < params.n_blocks; block++) { accumulate_block(&streams, chunks, block, &sums); }
-  for (var r = 0u; r < rows_per_lane; r++) {
+  for (var column_group = 0u; column_group < 2u * params.n_blocks; column_group++) {
+    var w: array<Floats, ROWS>;
+    for (var r = 0u; r < ROWS; r++) {
+      var s = streams[r];
+      w[r] = decode_floats(&s, chunks[r], column_group);
+      streams[r] = s;
+    }
+    for (var t = 0u; t < tokens; t++) {
+      for (var r = 0u; r < ROWS; r++) { sums[r][t] += group_dot(w[r], t, column_group); }
+    }
+  }
+  for (var r = 0u; r < ROWS; r++) {
     let index = first + r * LANES;
     let row = row_info[index];
-    let total = add_outliers(row, chunks[r], sums[r]);
+    var total = sums[r];
+    let end = end_outlier(row);
+    for (var k = row.first_outlier; k < end; k++) {
+      let column = outlier_column(outliers[k]);
+      let weights = outlier_floats(chunks[r], outliers[k]);
+      for (var t = 0u; t < tokens; t++) { total[t] += outlier_dot(weights, t, column); }
+    }
     if (index < params.rows) {
       for (var t = 0u; t < tokens; t++) { y[t * params.y_rows + matrix_row(row)] = total[t]; }
     }

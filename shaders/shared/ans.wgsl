@@ -1,35 +1,38 @@
 // The code: tANS over groups of weights, four weights at a time: two pairs and their raw bits, or one group of four.
-// Format facts only; how the bits arrive is the business of the stream that is imported beside this file.
-// Beside it stands stream.wgsl or stream_wide.wgsl (Stream, window, advance, refill), and the importer provides
-// table_entry(stream) -> u32, of the class's table the entry of the stream's state.
+// Format facts only; how the bits arrive is the business of stream.wgsl (Stream, advance, refill), which stands beside
+// this file with funnel.wgsl. The importer provides table_entry(stream) -> u32, of the class's table the entry of the
+// stream's state.
 
-override n_states: u32;    // 2048 or 4096
-override group_size: u32;  // weights that an entry decodes: 2 or 4
-override raw_bits: u32;    // 0..4 low bits per weight that are stored as they are; none with groups of 4
+override n_states: u32;      // 2^P, P = 11 or 12
+override group_size: u32;    // weights that an entry decodes: 2 or 4
+override raw_bits: u32;      // 0..4 low bits per weight that are stored as they are; none with groups of 4
+override wide_symbols: bool; // symbols of two have 8 bits (a float's exponent), not 5
 
-// A table entry: nbits in bits 0..4 | symbols in 5..20, two of 8 bits or four of 4, the first lowest | base in 21..31.
-// nbits sits lowest so that the entry itself is the shift amount; with 2^12 states base is even and stored halved.
-const SYMBOLS: u32 = 0xFFFFu;
-const NBITS: u32 = 31u;
+// A table entry: x in bits 0..P - 1 | 16 bits of symbols, two of 8 or four of 4, the first lowest | nbits.
 
-fn entry_base(entry: u32) -> u32 {
-  if (n_states == 2048u) { return entry >> 21u; }
-  return (entry >> 20u) & 0xFFEu;
-}
+fn entry_nbits(entry: u32) -> u32 { return entry >> select(28u, 27u, n_states == 2048u); }
 
-// state' = base + the next nbits bits; nbits >= 1, so the shift is at most 31.
+// x, then the next nbits bits of the stream; the leading one of x leaves the state on the left.
 fn next_state(entry: u32, window: u32) -> u32 {
-  return entry_base(entry) + (window >> ((0u - entry) & NBITS));
+  return funnel(entry, window, entry_nbits(entry)) & (n_states - 1u);
 }
 
-// Four symbols, one a byte, from the entries of two pairs.
+// Of an entry, with its symbols in bits 11..26.
+fn symbols_at_11(entry: u32) -> u32 { return select(entry >> 1u, entry, n_states == 2048u); }
+
+// Four symbols, one a byte, from the entries of two pairs; shifted left by raw_bits, if these are at most 2.
 fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
-  return ((pair0 >> 5u) & SYMBOLS) | ((pair1 << 11u) & (SYMBOLS << 16u));
+  let a = symbols_at_11(pair0);
+  let b = symbols_at_11(pair1);
+  if (wide_symbols) { return ((a >> 11u) & 0xFFFFu) | ((b << 5u) & 0xFFFF0000u); }
+  // Symbols of 5 bits are the upper parts of bytes 1 and 2: a byte permutation, and away with what is below them.
+  let bytes = ((a >> 8u) & 0xFFFFu) | ((b << 8u) & 0xFFFF0000u);
+  return (bytes & 0xF8F8F8F8u) >> (3u - select(raw_bits, 0u, raw_bits > 2u));
 }
 
 // The same from the entry of a group of four.
 fn spread_symbols(entry: u32) -> u32 {
-  let symbols = (entry >> 5u) & SYMBOLS;
+  let symbols = (symbols_at_11(entry) >> 11u) & 0xFFFFu;
   let halves = (symbols | (symbols << 8u)) & 0x00FF00FFu;
   return (halves | (halves << 4u)) & 0x0F0F0F0Fu;
 }
@@ -59,32 +62,31 @@ fn weight_at(w: Weights, column: u32) -> u32 {  // without min_symbol
 }
 
 fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low`
-  var bits = window(s);
   if (group_size == 4u) {
     let entry = table_entry(s);
-    (*s).state = next_state(entry, bits);
-    advance(s, entry & NBITS);
+    (*s).state = next_state(entry, (*s).w0);
+    advance(s, entry_nbits(entry));
     return vec2<u32>(spread_symbols(entry), 0u);
   }
-  let low = raw_bytes(bits);
-  bits = bits << (4u * raw_bits);
+  let low = raw_bytes((*s).w0);
+  let after_raw = (*s).w0 << ((4u * raw_bits) & 31u);
   let pair0 = table_entry(s);
-  (*s).state = next_state(pair0, bits);
-  var used = 4u * raw_bits;
-  if (raw_bits > 2u) {  // two pairs no longer fit one window: more than 32 bits
-    advance(s, used + (pair0 & NBITS));
-    bits = window(s);
-    used = 0u;
+  (*s).state = next_state(pair0, after_raw);
+  let used = 4u * raw_bits + entry_nbits(pair0);
+  var pair1 = 0u;
+  if (4u * raw_bits + 2u * select(12u, 11u, n_states == 2048u) > 31u) {  // both pairs do not fit one word
+    advance(s, used);
+    pair1 = table_entry(s);
+    (*s).state = next_state(pair1, (*s).w0);
+    advance(s, entry_nbits(pair1));
   } else {
-    bits = bits << (pair0 & NBITS);
-    used += pair0 & NBITS;
+    pair1 = table_entry(s);
+    (*s).state = next_state(pair1, after_raw << entry_nbits(pair0));
+    advance(s, used + entry_nbits(pair1));
   }
-  let pair1 = table_entry(s);
-  (*s).state = next_state(pair1, bits);
-  advance(s, used + (pair1 & NBITS));
   let symbols = symbol_bytes(pair0, pair1);
   if (raw_bits > 2u) { return vec2<u32>(symbols, low); }
-  return vec2<u32>((symbols << raw_bits) | low, 0u);
+  return vec2<u32>(symbols | low, 0u);
 }
 
 fn decode16(s: ptr<function, Stream>) -> Weights {

@@ -1,37 +1,31 @@
 // Dot products of decoded weights with activations that are int8 digits: x = scale (d0 + d1 / 254 + d2 / 254^2),
 // one scale for 32 columns. One digit is the int8 mode; three carry 23 bits below the block's largest value, no less
 // than f32 rounding leaves of a sum, and are the exact mode. The integer sums are exact in both.
-// Beside it stands sums.wgsl. The importer provides  x_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),  x_scale: array<vec2<f32>>
+// The importer provides  x_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),  x_scale: array<vec2<f32>>
 // (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset  (min_symbol << raw_bits).
 
 override digits: u32;  // 1 or 3
 
 const DIGIT = 1.0 / 254.0;
 
-// Decode 32 columns of a lane's rows once, use them for every token.
-fn accumulate_block(streams: ptr<function, array<Stream, MAX_ROWS>>, block: u32,
-                    sums: ptr<function, array<Sums, MAX_ROWS>>) {
-  var a: array<Weights, MAX_ROWS>;
-  var b: array<Weights, MAX_ROWS>;
-  for (var r = 0u; r < rows_per_lane; r++) {
-    var s = (*streams)[r];
-    a[r] = decode16(&s);
-    b[r] = decode16(&s);
-    (*streams)[r] = s;
+// Where the digits of 32 columns begin in x_digits.
+fn digits_at(token: u32, digit: u32, block: u32) -> u32 {
+  return ((token * digits + digit) * params.n_blocks + block) * 2u;
+}
+
+// What 32 columns of a row add to its product with a token, the row's scale apart.
+fn block_dot(a: Weights, b: Weights, token: u32, block: u32) -> f32 {
+  var dot = 0.0;
+  for (var digit = digits; digit > 0u; digit--) {
+    let at = digits_at(token, digit - 1u, block);
+    dot = dot * DIGIT + f32(dot16(a, x_digits[at]) + dot16(b, x_digits[at + 1u]));
   }
-  for (var t = 0u; t < tokens; t++) {
-    var dot = array<f32, MAX_ROWS>();  // spelled out: without it naga does not zero it again in the next round
-    for (var digit = digits; digit > 0u; digit--) {
-      let at = ((t * digits + digit - 1u) * params.n_blocks + block) * 2u;
-      let x0 = x_digits[at];
-      let x1 = x_digits[at + 1u];
-      for (var r = 0u; r < rows_per_lane; r++) {
-        dot[r] = dot[r] * DIGIT + f32(dot16(a[r], x0) + dot16(b[r], x1));
-      }
-    }
-    let x = x_scale[t * params.n_blocks + block];
-    for (var r = 0u; r < rows_per_lane; r++) { (*sums)[r][t] += dot[r] * x.x + f32(params.offset) * x.y; }
-  }
+  return scaled(dot, token, block);
+}
+
+fn scaled(dot: f32, token: u32, block: u32) -> f32 {
+  let x = x_scale[token * params.n_blocks + block];
+  return dot * x.x + f32(params.offset) * x.y;
 }
 
 fn dot16(w: Weights, x: vec4<u32>) -> i32 {
@@ -42,18 +36,6 @@ fn dot16(w: Weights, x: vec4<u32>) -> i32 {
 
 fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
   return dot4I8Packed(w.x, x.x) + dot4I8Packed(w.y, x.y) + dot4I8Packed(w.z, x.z) + dot4I8Packed(w.w, x.w);
-}
-
-fn add_outliers(row: Row, sums: Sums) -> Sums {
-  var total = sums;
-  let end = end_outlier(row);
-  for (var k = row.first_outlier; k < end; k++) {
-    let outlier = outliers[k];
-    for (var t = 0u; t < tokens; t++) {
-      total[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
-    }
-  }
-  return total;
 }
 
 // No loop over digits: llvmpipe ends a lane's loops after some 65000 rounds in all, and rows have hundreds of outliers.

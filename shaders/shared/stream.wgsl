@@ -1,46 +1,77 @@
-// A bit stream read word by word, most significant bit first, one word prefetched: for GPUs.
-// The importer provides  words: array<u32>.
+// A bit stream read sixteen bytes at a time, most significant bit first. The chunks of `interleave` neighbouring rows
+// alternate, so that their lanes walk through memory together: on a GPU the chunks that 32 lanes load lie side by side,
+// and a CPU's prefetcher sees a straight line. Beside it stands funnel.wgsl; the importer provides
+// words: array<vec4<u32>>.
 
-override interleave: u32;  // rows whose 16-byte chunks alternate: 1, or what stream_wide.wgsl says
+override interleave: u32;
 
 struct Stream {
   state: u32,
   table: u32,  // first entry of its decode table
-  pos: u32,   // bits of w0 already used, 0..31
-  next: u32,  // index of w2
-  w0: u32,
+  pos: u32,    // bits of `a` that came before w0, 0..127
+  used: u32,   // bits that were in w0..w3 and no longer are
+  next: u32,   // index of b
+  a: vec4<u32>,
+  b: vec4<u32>,
+  w0: u32,     // the next 128 bits when refilled, ever fewer until it is again
   w1: u32,
   w2: u32,
+  w3: u32,
 }
 
-fn open_stream(bit: u32, state: u32, table: u32) -> Stream {
-  let first = bit >> 5u;
-  let second = word_after(first);
-  let third = word_after(second);
-  return Stream(state, table, bit & 31u, third, words[first], words[second], words[third]);
+// Bit `offset` of the row that begins with bit `bit` of its first chunk's place; both as if nothing alternated.
+fn open_stream(bit: u32, offset: u32, state: u32, table: u32) -> Stream {
+  let pos = (bit & 127u) + offset;
+  let chunk = (bit >> 7u) + (pos >> 7u) * interleave;
+  let next = chunk + interleave;
+  var s = Stream(state, table, pos & 127u, 0u, next, words[chunk], words[next], 0u, 0u, 0u, 0u);
+  align(&s);
+  return s;
 }
 
-fn word_after(i: u32) -> u32 {
-  return i + 1u + select(0u, 4u * (interleave - 1u), (i & 3u) == 3u);
+fn align(s: ptr<function, Stream>) {
+  let a = (*s).a;
+  let b = (*s).b;
+  let two = ((*s).pos & 64u) != 0u;
+  let one = ((*s).pos & 32u) != 0u;
+  let v0 = select(a.x, a.z, two);
+  let v1 = select(a.y, a.w, two);
+  let v2 = select(a.z, b.x, two);
+  let v3 = select(a.w, b.y, two);
+  let v4 = select(b.x, b.z, two);
+  let v5 = select(b.y, b.w, two);
+  let u1 = select(v1, v2, one);
+  let u2 = select(v2, v3, one);
+  let u3 = select(v3, v4, one);
+  let bits = (*s).pos & 31u;
+  (*s).w0 = funnel_any(select(v0, v1, one), u1, bits);
+  (*s).w1 = funnel_any(u1, u2, bits);
+  (*s).w2 = funnel_any(u2, u3, bits);
+  (*s).w3 = funnel_any(u3, select(v4, v5, one), bits);
 }
 
-fn window(s: ptr<function, Stream>) -> u32 {
-  return ((*s).w0 << (*s).pos) | (((*s).w1 >> 1u) >> ((~(*s).pos) & 31u));
+// What is shifted in at the end is of no use: whoever refills in time never sees it, nor does the compiler compute it.
+fn advance(s: ptr<function, Stream>, bits: u32) {  // bits 1..31
+  (*s).w0 = funnel((*s).w0, (*s).w1, bits);
+  (*s).w1 = funnel((*s).w1, (*s).w2, bits);
+  (*s).w2 = funnel((*s).w2, (*s).w3, bits);
+  (*s).w3 = (*s).w3 << bits;
+  (*s).used += bits;
 }
 
-fn advance(s: ptr<function, Stream>, bits: u32) {  // bits <= 32; select, not if: a branch costs more than the load
-  let pos = (*s).pos + bits;
-  let crossed = pos >= 32u;
-  (*s).pos = pos & 31u;
-  (*s).w0 = select((*s).w0, (*s).w1, crossed);
-  (*s).w1 = select((*s).w1, (*s).w2, crossed);
-  (*s).next = select((*s).next, word_after((*s).next), crossed);
-  (*s).w2 = words[(*s).next];
+fn refill(s: ptr<function, Stream>) {  // after at most 128 bits
+  let pos = (*s).pos + (*s).used;
+  let crossed = pos >= 128u;
+  (*s).pos = pos & 127u;
+  (*s).used = 0u;
+  (*s).a = select((*s).a, (*s).b, crossed);
+  (*s).next += select(0u, interleave, crossed);
+  (*s).b = words[(*s).next];
+  align(s);
 }
 
-fn refill(s: ptr<function, Stream>) {}  // every advance has done it
-
-// First bit not yet used, where nothing is interleaved.
-fn stream_bit(s: ptr<function, Stream>) -> u32 {
-  return ((*s).next - 2u) * 32u + (*s).pos;
+// Bits read since the row's first one, which is bit `bit`.
+fn bits_read(s: ptr<function, Stream>, bit: u32) -> u32 {
+  let chunks = ((*s).next - (bit >> 7u)) / interleave - 1u;
+  return 128u * chunks + (*s).pos + (*s).used - (bit & 127u);
 }
