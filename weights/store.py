@@ -23,7 +23,7 @@ from weights import layout, parts
 from weights.container import Container, ContainerWriter, Entry, damaged, read_container, replacing
 
 FORMAT = "answer"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 TOKENIZER = "tokenizer.json"
 
 
