@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-DAMPING = 0.05  # of H's mean diagonal: inputs as uncertain as a text of 10^4 tokens leaves them
+DAMPING = 0.1  # of H's mean diagonal: inputs as uncertain as a text of 10^4 tokens leaves them
 # What a bit is worth, in steps^2; uniform noise of step^2 / 12 falls by a quarter for a bit, that
 # is by step^2 / 8. Less near zero, where rounding down costs more than that says.
 PRICE = 0.1

@@ -150,10 +150,10 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
     length = min(_WINDOW, source.config.max_seq_len)
     n_windows = max(1, text.tokens // length)
     folder = cache_folder() / "calibration"
+    encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
     if text.file is None:
-        tokens = own_text(source, n_windows, length, folder, shown("sampling"))
+        tokens = own_text(source, encode, n_windows, length, folder, shown("sampling"))
     else:
-        encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
         tokens = read_windows(text.file, encode, n_windows, length)
     return calibrate(source, tokens, folder, progress=shown("calibrating"))
 
