@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codec.groups import QUAD
-from codec.table import Table, entry_nbits
+from codec.table import Table
 
 WORD_BITS = 32
 
@@ -123,11 +123,11 @@ class Decoder:
         first state and the class.
         """
         n_classes, self._n_states = tables.shape
-        log2_states = self._n_states.bit_length() - 1
         first_states = np.arange(n_classes) * self._n_states
-        nbits = entry_nbits(tables, log2_states).astype(np.int64)
-        base = ((tables & self._n_states - 1).astype(np.int64) << nbits) - self._n_states
-        self._nbits, self._base = nbits.ravel(), (base + first_states[:, None]).ravel()
+        self._nbits = (tables & 31).astype(np.int64).ravel()
+        base_unit = self._n_states >> 11  # 1 for P = 11, 2 for P = 12
+        base = (tables >> 21).astype(np.int64) * base_unit
+        self._base = (base + first_states[:, None]).ravel()
         self._steps_per_quad = QUAD // group
         self._raw_bits = 4 * raw_bits  # of a quad
         # Window i is words i and i + 1: shifted left by up to 31, it still begins with 32 bits.

@@ -68,7 +68,6 @@ def to_groups(
 
 def from_groups(
     entries: npt.NDArray[np.uint32],
-    log2_states: int,
     group: int,
     raw: npt.NDArray[np.uint16],
     raw_bits: int,
@@ -76,7 +75,7 @@ def from_groups(
 ) -> npt.NDArray[np.int32]:
     """Decode entries (steps, rows), raw bits (quads, rows) -> q less outliers."""
     q = np.empty((group * len(entries), entries.shape[1]), np.int32)
-    for i, symbols in enumerate(entry_symbols(entries, log2_states, group)):
+    for i, symbols in enumerate(entry_symbols(entries, group)):
         q[i::group] = symbols
     q += min_symbol
     q <<= raw_bits

@@ -177,10 +177,9 @@ def exponent_tables(m: LosslessMatrix) -> Words:
     table = decode_tables(m.exponents.marginals, m.exponents.log2_states, 2)
     hi = np.arange(m.exponents.n_symbols) + m.exponents.min_symbol
     field = _from_counted(m.anchor)[hi + 255]
-    p = m.exponents.log2_states
-    first, second = (field[symbols] for symbols in entry_symbols(table, p, 2))
-    table &= ~np.uint32(0xFFFF << p)
-    table |= first << np.uint32(p) | second << np.uint32(p + 8)
+    first, second = (field[symbols] for symbols in entry_symbols(table, 2))
+    table &= np.uint32(0xFFE0001F)
+    table |= first << np.uint32(5) | second << np.uint32(13)
     return table
 
 

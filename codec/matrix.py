@@ -5,8 +5,9 @@ class. Knows nothing of files or the GPU. Functions that read a coded matrix rai
 is damaged.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,6 @@ from codec.table import (
     MAX_SYMBOLS,
     build_tables,
     decode_tables,
-    entry_nbits,
     quantize_marginal,
 )
 
@@ -178,10 +178,8 @@ def decode_streams(m: CodedMatrix) -> npt.NDArray[np.int32]:
         decoder = _decoder(m, tables, chunk)
         visited, raw = decoder.run(n_steps(m.cols, m.group))
         entries = tables.ravel()[visited]
-        _check_ends(m, chunk, decoder.consumed - entry_nbits(entries[-1], m.log2_states))
-        q[chunk] = from_groups(
-                entries, m.log2_states, m.group, raw, m.raw_bits, m.min_symbol
-            )[: m.cols].T
+        _check_ends(m, chunk, decoder.consumed - (entries[-1] & 31))
+        q[chunk] = from_groups(entries, m.group, raw, m.raw_bits, m.min_symbol)[: m.cols].T
     return q
 
 
@@ -198,26 +196,29 @@ def dequantize(m: CodedMatrix) -> npt.NDArray[np.float32]:
     return w
 
 
-def entry_points(m: CodedMatrix, segment: int) -> tuple[npt.NDArray[np.uint32], IntArray]:
-    """Where a decoder can enter each row at columns 0, segment, 2 * segment, ... (whole quads).
+def entry_points(
+    m: CodedMatrix, columns: Sequence[int]
+) -> tuple[npt.NDArray[np.uint32], IntArray]:
+    """Where a decoder can enter each row at `columns`: 0, then rising multiples of QUAD.
 
-    Returns (bit position from the row's start) << P | state, u32 (n_segments, rows); and the bit at
+    Returns (bit position from the row's start) << P | state, u32 (columns, rows); and the bit at
     which each row ends (rows,), which is row_offsets[1:] in a sound matrix.
     """
-    if segment < 1 or segment % QUAD:
-        raise ValueError(f"a segment is {segment} columns: expected a positive multiple of {QUAD}")
+    rising = all(i < j < m.cols for i, j in pairwise(columns))
+    if columns[0] != 0 or not rising or any(column % QUAD for column in columns):
+        raise ValueError(f"columns {columns}: expected 0, then rising multiples of {QUAD}")
     check(m)
     tables = decode_tables(m.marginals, m.log2_states, m.group)
     steps = n_steps(m.cols, m.group)
-    starts = range(0, steps, segment // m.group)
+    starts = [column // m.group for column in columns]
     entries = np.empty((len(starts), m.rows), np.uint32)
     end_bits = np.empty(m.rows, np.int64)
     for chunk in _chunks(m.rows, m.cols):
         decoder = _decoder(m, tables, chunk)
-        for i, start in enumerate(starts):
+        for i, (start, end) in enumerate(pairwise([*starts, steps])):
             entries[i, chunk] = decoder.consumed << m.log2_states | decoder.states
-            visited, _ = decoder.run(min(segment // m.group, steps - start))
-        unread = entry_nbits(tables.ravel()[visited[-1]], m.log2_states)
+            visited, _ = decoder.run(end - start)
+        unread = tables.ravel()[visited[-1]] & 31
         end_bits[chunk] = m.row_offsets[:-1][chunk] + decoder.consumed - unread
     return entries, end_bits
 

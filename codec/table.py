@@ -21,6 +21,7 @@ RARE = 32  # a group due less than 1/RARE of a state gets none, of one more if t
 
 _WEIGHT_BITS = 32  # of a group's weight: its probability is weight / 2^32
 _SYMBOL_BITS = 16  # of an entry, for all symbols of a group
+_SYMBOLS_AT = 5
 
 IntArray = npt.NDArray[np.int64]
 
@@ -97,32 +98,31 @@ def group_frequencies(marginal: npt.NDArray[np.uint16], log2_states: int, group:
 def decode_table(
     marginal: npt.NDArray[np.uint16], log2_states: int, group: int
 ) -> npt.NDArray[np.uint32]:
-    """One entry per state (2^P,): x in its low P bits, then 16 bits of symbols, nbits on top.
+    """One entry per state (2^P,); the next state is base + the next nbits bits of the stream.
 
-    The next state is x followed by the next nbits bits of the stream, less its leading one, which
-    is bit P: one funnel shift of entry and stream, and a mask. A symbol of two has a byte, so that
-    a float's exponent fits in its place; one of four has four bits. The first is lowest.
+    Bits 0..4 nbits, 5..20 the symbols, the first lowest, 21..31 base; for P = 12, where nbits >= 1
+    makes every base even, base / 2. A symbol of four has four bits, one of two the upper five of
+    its eight: bits 5..7 are then zeros, which shifts and sums of entries may count to nbits.
     """
     number, x = _spread(marginal, log2_states, group)
     nbits = log2_states - _floor_log2(x)
-    entries = x | nbits << log2_states + _SYMBOL_BITS
+    base = (x << nbits) - (1 << log2_states)
+    entries = nbits | base >> (log2_states - 11) << _SYMBOLS_AT + _SYMBOL_BITS
     for i, symbol in enumerate(all_groups(marginal.size, group)):
-        entries |= symbol[number] << log2_states + i * _SYMBOL_BITS // group
+        entries |= symbol[number] << _symbol_at(i, group)
     return entries.astype(np.uint32)
 
 
-def entry_nbits(entries: npt.NDArray[np.uint32], log2_states: int) -> npt.NDArray[np.uint32]:
-    """How many bits of the stream complete the next state, of each entry."""
-    return entries >> np.uint32(log2_states + _SYMBOL_BITS)
-
-
-def entry_symbols(
-    entries: npt.NDArray[np.uint32], log2_states: int, group: int
-) -> list[npt.NDArray[np.uint32]]:
+def entry_symbols(entries: npt.NDArray[np.uint32], group: int) -> list[npt.NDArray[np.uint32]]:
     """The symbols that entries have: `group` arrays of their shape, the first weight's first."""
+    mask = np.uint32(MAX_SYMBOLS[group] - 1)
+    return [entries >> np.uint32(_symbol_at(i, group)) & mask for i in range(group)]
+
+
+def _symbol_at(i: int, group: int) -> int:
+    """Lowest bit of an entry's symbol i: each is at the top of its share of the 16 bits."""
     width = _SYMBOL_BITS // group
-    mask = np.uint32((1 << width) - 1)
-    return [entries >> np.uint32(log2_states + i * width) & mask for i in range(group)]
+    return _SYMBOLS_AT + (i + 1) * width - (MAX_SYMBOLS[group] - 1).bit_length()
 
 
 def build_table(marginal: npt.NDArray[np.uint16], log2_states: int, group: int) -> Table:

@@ -70,7 +70,7 @@ class Device:
     """One opened adapter.
 
     `software` says that the adapter is a CPU: kernels then avoid workgroup memory.
-    `allocated_bytes` counts every buffer made here; buffers live as long as the device.
+    `allocated_bytes` counts every buffer made here and not destroyed.
     """
 
     def __init__(self, adapter: Any) -> None:
@@ -122,6 +122,11 @@ class Device:
             ) from error
         self.allocated_bytes += size
         return buffer
+
+    def destroy(self, buffer: Any) -> None:
+        """Free a buffer's memory once the GPU is done with it."""
+        self.allocated_bytes -= buffer.size
+        buffer.destroy()
 
     def upload(
         self, label: str, array: np.ndarray, usage: int = STORAGE, padding_bytes: int = 0

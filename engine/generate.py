@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import wgpu
 
 from engine.device import Device, Readback
 from engine.errors import EngineError
-from engine.plan import Plan, run
+from engine.plan import gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.tokenizer import Tokenizer
-from model.llama import MAX_TOKENS, Llama
+from model.llama import Llama
 from weights.bits import Bits
 from weights.cache import resolve
 from weights.store import WeightsFile
@@ -87,8 +86,8 @@ class Engine:
         # adapter a token takes so long that this would only delay it.
         self._tokens_per_submit = 1 if device.software else 8
         self._submits_ahead = 0 if device.software else 1
-        # Chunks of a prompt that are queued at once: Ctrl-C is heard between such batches.
-        self._chunks_ahead = 1 if device.software else 16
+        # Tokens of a prompt that are queued at once: Ctrl-C is heard between such batches.
+        self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING) for i in range(2)]
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
@@ -128,30 +127,11 @@ class Engine:
 
         What a token takes beyond this is the host's. For benchmarks: the tokens are thrown away.
         """
-        device = self.device
-        if not device.timestamps or len(self._cached) + 1 + n_steps > self.context:
+        if len(self._cached) + 1 + n_steps > self.context:
             return None
         self._stop_active()
-        queries = device.wgpu.create_query_set(type="timestamp", count=2)
-        usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
-        resolved = device.wgpu.create_buffer(size=16, usage=usage)
         self._model.write_state(len(self._cached), [0])
-        encoder = device.wgpu.create_command_encoder()
-        compute_pass = encoder.begin_compute_pass(
-            timestamp_writes={
-                "query_set": queries,
-                "beginning_of_pass_write_index": 0,
-                "end_of_pass_write_index": 1,
-            }
-        )
-        for _ in range(n_steps):
-            for plan in self._step:
-                plan.replay(compute_pass)
-        compute_pass.end()
-        encoder.resolve_query_set(queries, 0, 2, resolved, 0)
-        device.queue.submit([encoder.finish()])
-        begin, end = device.read(resolved, np.uint64, (2,))
-        return float(end - begin) * 1e-9  # wgpu's timestamps are in nanoseconds
+        return gpu_seconds(self.device, *(n_steps * self._step))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 (n, vocab_size): row i scores what follows token_ids[: i + 1]."""
@@ -159,12 +139,11 @@ class Engine:
         self._stop_active()
         self._cached = []
         rows = []
-        for begin in range(0, len(token_ids), MAX_TOKENS):
-            chunk = token_ids[begin : begin + MAX_TOKENS]
-            self._model.write_state(begin, chunk)
-            run(self.device, self._model.layers[MAX_TOKENS], self._model.all_heads)
-            shape = (len(chunk), self.config.vocab_size)
-            rows.append(self.device.read(self._model.logits.buffer, np.float32, shape))
+        pos = 0
+        while pos < len(token_ids):
+            chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
+            rows.append(self._model.read_logits(pos, chunk))
+            pos += len(chunk)
         self._cached = list(token_ids)
         return np.concatenate(rows)
 
@@ -212,18 +191,16 @@ class Engine:
             reused += 1
         self._cached = token_ids[:reused]
         self._sampler.configure(sampling)
-        pos = reused
+        pos = heard = reused
         while pos < len(token_ids):
-            chunk = token_ids[pos : pos + MAX_TOKENS]
-            self._model.write_state(pos, chunk, sampling.seed)
+            chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
+            last = pos + len(chunk) == len(token_ids)
+            plans = self._model.read(pos, chunk, sampling.seed, head=last)
+            run(self.device, *plans, *([self._sampler.plan] if last else []))
             pos += len(chunk)
-            few = len(chunk) == 1
-            plans: list[Plan] = [self._model.layers[1 if few else MAX_TOKENS]]
-            if pos == len(token_ids):
-                plans += [self._model.last_head[1 if few else 0], self._sampler.plan]
-            run(self.device, *plans)
-            if pos < len(token_ids) and pos // MAX_TOKENS % self._chunks_ahead == 0:
+            if not last and pos - heard > self._tokens_ahead:
                 self._submit(0).read()
+                heard = pos
         return reused
 
     def _submit(self, n_steps: int) -> Readback:

@@ -102,7 +102,10 @@ class Kernel:
         params: Mapping[str, int | float] | None = None,
         **buffers: Any,
     ) -> Dispatch:
-        """Record a launch of workgroups (x, y, z); `params` fill `struct Params` by name."""
+        """Record a launch of workgroups (x, y, z); `params` fill `struct Params` by name.
+
+        A buffer may be given as (buffer, offset, size) in bytes.
+        """
         if self.params:
             buffers["params"] = self._pack(params or {})
         _same_names(f"{self.name}: buffers", buffers, self.bindings)
@@ -112,9 +115,9 @@ class Kernel:
             entries=[
                 {
                     "binding": self.bindings[key][0],
-                    "resource": {"buffer": buffer, "offset": 0, "size": buffer.size},
+                    "resource": dict(zip(("buffer", "offset", "size"), _range(given), strict=True)),
                 }
-                for key, buffer in buffers.items()
+                for key, given in buffers.items()
             ],
         )
         x, y, z = (*workgroups, 1, 1)[:3]
@@ -139,6 +142,10 @@ class Kernels:
         if key not in self._made:
             self._made[key] = Kernel(self.device, name, **overrides)
         return self._made[key]
+
+
+def _range(given: Any) -> tuple[Any, int, int]:
+    return given if isinstance(given, tuple) else (given, 0, given.size)
 
 
 def _same_names(

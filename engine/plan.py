@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import wgpu
 from wgpu.backends.wgpu_native import _api
 
 from engine.device import Device
@@ -47,3 +49,27 @@ def run(device: Device, *plans: Plan) -> None:
         plan.replay(compute_pass)
     compute_pass.end()
     device.queue.submit([encoder.finish()])
+
+
+def gpu_seconds(device: Device, *plans: Plan) -> float | None:
+    """GPU time of the plans as one compute pass; None on an adapter without timestamps."""
+    if not device.timestamps:
+        return None
+    queries = device.wgpu.create_query_set(type="timestamp", count=2)
+    usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
+    resolved = device.wgpu.create_buffer(size=16, usage=usage)
+    encoder = device.wgpu.create_command_encoder()
+    compute_pass = encoder.begin_compute_pass(
+        timestamp_writes={
+            "query_set": queries,
+            "beginning_of_pass_write_index": 0,
+            "end_of_pass_write_index": 1,
+        }
+    )
+    for plan in plans:
+        plan.replay(compute_pass)
+    compute_pass.end()
+    encoder.resolve_query_set(queries, 0, 2, resolved, 0)
+    device.queue.submit([encoder.finish()])
+    begin, end = device.read(resolved, np.uint64, (2,))
+    return float(end - begin) * 1e-9  # wgpu's timestamps are in nanoseconds

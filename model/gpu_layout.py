@@ -32,6 +32,18 @@ def row_info(m: CodedMatrix, rows: Rows, bits: Rows, places: Rows) -> npt.NDArra
     return info
 
 
+def far_outliers(m: CodedMatrix) -> npt.NDArray[np.uint32]:
+    """Where each row's far outliers begin in this array, (rows + 1,), and these.
+
+    Far is an outlier that does not fit its byte with every symbol: shaders/shared/planes.wgsl.
+    """
+    remainder = m.outliers.view(np.int32) >> 16
+    room = 128 >> (m.raw_bits if m.raw_bits <= 2 else 0)
+    far = (m.min_symbol + remainder < -room) | (m.min_symbol + m.n_symbols - 1 + remainder >= room)
+    before = np.append(0, np.cumsum(far))
+    return np.append(m.rows + 1 + before[m.outlier_offsets], m.outliers[far]).astype(np.uint32)
+
+
 def padded_rows(rows: int) -> int:
     """Rows in whole tiles."""
     return -(-rows // TILE) * TILE

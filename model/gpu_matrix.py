@@ -1,10 +1,10 @@
 """Coded matrices in GPU memory: from the file's layout to the one that an adapter reads fastest.
 
-The streams of rows that are decoded side by side, a lane each, are interleaved. On a GPU entry points
-are added at load, where lanes may enter: every `segment_blocks` * 32 columns of every row, found by
-one pass over the matrix; on a software adapter a lane takes whole rows. Both are the adapter's
-business and not the format's. Rows lie sorted by class, so that a tile, which a workgroup decodes,
-needs one table; their results go to where they belong.
+The streams of rows that are decoded side by side, a lane each, are interleaved. On a GPU a row is
+shared by as many lanes as fill it, each with a segment of columns; where they may enter the stream is
+found at load, by one pass over the matrix. On a software adapter a lane takes whole rows. All this is
+the adapter's business and not the format's. Rows lie sorted by class, so that a tile, which a
+workgroup decodes, needs one table; their results go to where they belong.
 
 Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
 and their activations are f32; streams, entry points and lanes are the same.
@@ -13,7 +13,7 @@ and their activations are f32; streams, entry points and lanes are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from engine.plan import Plan, run
 from model.gpu_layout import (
     BLOCK,
     CHUNK_BITS,
+    far_outliers,
     interleaved_streams,
     padded_rows,
     row_chunks,
@@ -40,14 +41,19 @@ from model.gpu_layout import (
 FLOAT = 4  # bytes of an activation, for which there are n_digits otherwise
 _MAX_TABLE = 4096  # states of one table
 
-# Lanes that fill a large GPU (an H100 holds 270k, and half of them hide its latency), and the
-# longest segment: longer ones no longer leave all of a subgroup's streams in the L1 cache.
+# Lanes that fill a large GPU (an H100 holds 270k, of this kernel 200k), and the longest segment.
 _LANES_WANTED = 1 << 16
-_MAX_SEGMENT_BLOCKS = 4
+_MAX_SEGMENT_BLOCKS = 8
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
+_TILE_TOKENS = 64  # of a workgroup of matmul; its rows are as many or twice that
+_BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
+_LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
+
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
-_ROWS_PER_LANE = 4  # of matvec_rows
+_ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
+_SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
+_UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what matmul_rows has in uniform memory
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Activations:
 
     digits: Any  # int8 (tokens, n_digits, 32 * n_blocks)
     scale: Any  # f32 (tokens, n_blocks, 2): scale, sum of the block
+    tokens: int = 0  # that matmul reads
 
     @classmethod
     def empty(
@@ -71,6 +78,17 @@ class Activations:
             device.empty(f"{label}.scale", tokens * n_blocks * 8),
         )
 
+    @classmethod
+    def for_matmul(cls, device: Device, label: str, tokens: int, cols: int) -> Activations:
+        """One digit; readable as uniform memory, in full windows wherever one begins."""
+        n_blocks = -(-cols // BLOCK)
+        blocks = tokens * n_blocks + _UNIFORM_BLOCKS
+        return cls(
+            device.empty(f"{label}.digits", blocks * BLOCK, STORAGE | UNIFORM),
+            device.empty(f"{label}.scale", blocks * 8, STORAGE | UNIFORM),
+            tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Output:
@@ -78,6 +96,41 @@ class Output:
 
     buffer: Any
     splits: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch of a pass of many tokens. Its workgroups along y each take `tokens_per_group`, from
+    `first_token` on and at most `max_tokens` in all; 0: it has nothing to do with tokens.
+    """
+
+    dispatch: Dispatch
+    tokens_per_group: int = 0
+    first_token: int = 0
+    max_tokens: int | None = None
+
+    def of(self, tokens: int) -> Dispatch:
+        """The launch when the pass has so many tokens; possibly of no workgroup."""
+        if not self.tokens_per_group:
+            return self.dispatch
+        tokens = max(0, tokens - self.first_token)
+        tokens = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
+        x, _, z = self.dispatch.workgroups
+        return replace(self.dispatch, workgroups=(x, -(-tokens // self.tokens_per_group), z))
+
+
+def uniform_tokens(n_blocks: int) -> int:
+    """Tokens whose activations matmul_rows may hold at once, 0 if too few: windows begin at
+    multiples of 256 bytes, of digits and of scales.
+    """
+    for tokens in (64, 32, 16, 8):
+        if tokens * n_blocks <= _UNIFORM_BLOCKS and tokens * n_blocks % 32 == 0:
+            return tokens
+    return 0
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // _BYTE_ROWS) * _BYTE_ROWS
 
 
 @dataclass(frozen=True)
@@ -112,8 +165,11 @@ class GpuMatrix:
         matrix: AnyMatrix,
         *,
         one_split: bool = False,
+        n_segments: int | None = None,
     ) -> None:
-        """`one_split`: the matvec's output must not be left in parts."""
+        """`one_split`: the matvec's output must not be left in parts. `n_segments`: of each row, in
+        place of what suits the shape.
+        """
         device = kernels.device
         self.kernels = kernels
         self.name = name
@@ -128,6 +184,9 @@ class GpuMatrix:
         # What a decoded symbol means: overrides and params of the kernels that use it.
         self._overrides: dict[str, int] = dict(wide_symbols=self.floats)
         self._params = dict(offset=m.min_symbol << m.raw_bits)
+        self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
+        self._planes = 1 if m.raw_bits <= 2 else 2  # of bytes: shaders/shared/planes.wgsl
+        self._far = far_outliers(m)
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
             self._overrides |= dict(field_bits=floats.field_bits)
@@ -138,15 +197,17 @@ class GpuMatrix:
         table_bytes = 4 * _MAX_TABLE + 4 * _MAX_GROUP_LANES
         self.whole_rows = device.software or table_bytes > device.workgroup_memory
         max_segments = min(_MAX_GROUP_LANES, device.max_workgroup_lanes) // TILE
-        self.segment_blocks = self.n_blocks
+        self.splits = 1
+        self.segments_per_group = 1
         if not self.whole_rows:
-            wanted = max(1, self.n_blocks * m.rows // _LANES_WANTED)
-            self.segment_blocks = min(wanted, _MAX_SEGMENT_BLOCKS)
-            if one_split:
-                self.segment_blocks = max(self.segment_blocks, -(-self.n_blocks // max_segments))
-        self.n_segments = -(-self.n_blocks // self.segment_blocks)
-        self.splits = -(-self.n_segments // max_segments)
-        self.segments_per_group = -(-self.n_segments // self.splits)
+            wanted = n_segments or max(
+                -(-_LANES_WANTED // padded_rows(m.rows)), -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
+            )
+            most = min(self.n_blocks, max_segments) if one_split else self.n_blocks
+            wanted = min(wanted, most)
+            self.splits = -(-wanted // max_segments)
+            self.segments_per_group = wanted // self.splits
+        self.n_segments = self.splits * self.segments_per_group
 
         if self.whole_rows:  # as much as matvec_rows declares
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
@@ -214,7 +275,7 @@ class GpuMatrix:
                     rows=rows,
                     rows_padded=padded,
                     n_segments=self.n_segments,
-                    segment_blocks=self.segment_blocks,
+                    n_blocks=self.n_blocks,
                 ),
                 words=part.words,
                 row_info=part.row_info,
@@ -240,6 +301,12 @@ class GpuMatrix:
         buffers = [buffer for part in self.parts for buffer in part.buffers.values()]
         return sum(buffer.size for buffer in [*buffers, self.table, self.outliers])
 
+    def destroy(self) -> None:
+        """Give the memory back; the matrix is of no use afterwards."""
+        buffers = [buffer for part in self.parts for buffer in part.buffers.values()]
+        for buffer in (*buffers, self.table, self.outliers):
+            self.kernels.device.destroy(buffer)
+
     def output(self, label: str, tokens: int) -> Output:
         size = 4 * self.splits * tokens * self.rows
         return Output(self.kernels.device.empty(label, size), self.splits)
@@ -254,23 +321,22 @@ class GpuMatrix:
             overrides["digits"] = digits
         if self.whole_rows:
             kernel = self.kernels.get(f"{name}_rows", **overrides)
-            tile, segments = _SOFTWARE_LANES * _ROWS_PER_LANE, {}
+            tile = _SOFTWARE_LANES * _ROWS_PER_LANE
         else:
             group = self.segments_per_group
             overrides |= dict(segments_per_group=group, partials=TILE * group)
             kernel = self.kernels.get(name, **overrides)
             tile = TILE
-            segments = dict(n_segments=self.n_segments, segment_blocks=self.segment_blocks)
         for part in self.parts:
-            if not self.whole_rows:
-                segments["rows_padded"] = part.rows_padded
+            padded = {} if self.whole_rows else {"rows_padded": part.rows_padded}
             yield kernel.dispatch(
                 [-(-part.rows // tile), self.splits],
                 dict(
                     rows=part.rows,
                     y_rows=self.rows,
                     n_blocks=self.n_blocks,
-                    **segments,
+                    n_segments=self.n_segments,
+                    **padded,
                     **self._params,
                 ),
                 **part.buffers,
@@ -279,6 +345,98 @@ class GpuMatrix:
                 **activations,
                 y=y.buffer,
             )
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all weights as matmul reads them."""
+        return _whole_tiles(self.rows) * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._planes * self.n_blocks * BLOCK
+
+    def matmul(self, x: Activations, y: Any, bytes_: Any) -> Iterator[Step]:
+        """y[t] = W x[t], f32 (tokens, rows), for many tokens: int8 activations, no floats.
+
+        Rows are decoded to `bytes_`, as many at a time as it holds, and then multiplied.
+        """
+        room = bytes_.size // self._row_bytes // _BYTE_ROWS * _BYTE_ROWS
+        for part in self.parts:
+            for first_row in range(0, part.rows, room):
+                rows = min(room, part.rows - first_row)
+                params = dict(
+                    first_row=first_row,
+                    n_blocks=self.n_blocks,
+                    n_segments=self.n_segments,
+                    byte_rows=_whole_tiles(rows),
+                )
+                yield Step(self._decode(part, rows, params, bytes_))
+                inputs = dict(
+                    bytes=bytes_,
+                    row_info=part.row_info,
+                    far_outliers=self._far_outliers,
+                    y=y,
+                )
+                params |= dict(rows=rows, y_rows=self.rows)
+                multiply = self._multiply_rows if self.whole_rows else self._multiply_tiles
+                yield from multiply(x, params, inputs)
+
+    def _decode(self, part: _Part, rows: int, params: dict[str, int], bytes_: Any) -> Dispatch:
+        overrides = dict(planes=self._planes, **self._stream, **self._overrides)
+        buffers = dict(**part.buffers, table=self.table, outliers=self.outliers, bytes=bytes_)
+        params = params | self._symbols
+        if self.whole_rows:
+            kernel = self.kernels.get("decode_rows", **overrides)
+            return kernel.dispatch([-(-rows // _SOFTWARE_LANES)], params, **buffers)
+        group = self.segments_per_group
+        overrides |= dict(segments_per_group=group, lanes=TILE * group)
+        params |= dict(rows_padded=part.rows_padded)
+        kernel = self.kernels.get("decode_tile", **overrides)
+        return kernel.dispatch([-(-rows // TILE), self.splits], params, **buffers)
+
+    def _multiply_tiles(
+        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
+    ) -> Iterator[Step]:
+        row_groups = 2 if self.rows >= _LARGE_PRODUCT_ROWS else 1
+        tile = _TILE_TOKENS * row_groups
+        kernel = self.kernels.get(
+            "matmul",
+            row_groups=row_groups,
+            row_quads=4 * tile,
+            planes=self._planes,
+            n_states=self.n_states,
+            raw_bits=self._raw_bits,
+        )
+        dispatch = kernel.dispatch(
+            [-(-params["rows"] // tile), 1],
+            params,
+            x_digits=x.digits,
+            x_scale=x.scale,
+            **buffers,
+        )
+        yield Step(dispatch, _TILE_TOKENS)
+
+    def _multiply_rows(
+        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
+    ) -> Iterator[Step]:
+        kernel = self.kernels.get(
+            "matmul_rows", planes=self._planes, n_states=self.n_states, raw_bits=self._raw_bits
+        )
+        window = uniform_tokens(self.n_blocks)
+        for first in range(0, x.tokens, window):
+            at = first * self.n_blocks
+            dispatch = kernel.dispatch(
+                [-(-params["rows"] // (_SOFTWARE_LANES * _ROWS_PER_LANE)), 1],
+                params | dict(first_token=first),
+                x_digits=(x.digits, at * BLOCK, _UNIFORM_BLOCKS * BLOCK),
+                x_scale=(x.scale, at * 8, _UNIFORM_BLOCKS * 8),
+                **buffers,
+            )
+            yield Step(dispatch, _SOFTWARE_TOKENS, first, window)
+
+    @cached_property
+    def _far_outliers(self) -> Any:
+        return self.kernels.device.upload(f"{self.name}.far_outliers", self._far)
 
     @cached_property
     def _rows_by_number(self) -> Any:
@@ -297,7 +455,7 @@ class GpuMatrix:
                     rows_padded=part.rows_padded,
                     cols=self.cols,
                     n_segments=self.n_segments,
-                    segment_blocks=self.segment_blocks,
+                    n_blocks=self.n_blocks,
                     **self._params,
                 ),
                 state=state,

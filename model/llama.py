@@ -14,9 +14,10 @@ import numpy as np
 
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
-from engine.plan import Plan
+from engine.plan import Plan, run
 from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
 from model.kv_cache import KVCache, half_padded
+from model.prompt import Prompt
 from weights.store import WeightsFile
 
 MAX_TOKENS = 8  # that one pass may carry; shaders/shared/state.wgsl
@@ -87,7 +88,7 @@ class Llama:
         # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
         # fill it.
         self._splits = 1 if device.software else 16
-        self._lanes = 64 if device.software else 256
+        self.lanes = 64 if device.software else 256
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
         value_lanes = -(-half_padded(c) // 4 // 8) * 8
@@ -112,6 +113,10 @@ class Llama:
         self.layers = {n: Plan(self._layers(n)) for n in (1, MAX_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
         self.all_heads = Plan(self._head(MAX_TOKENS, MAX_TOKENS))
+        self._head_product = Plan(
+            self.lm_head.matvec(self.xn, self.logits, tokens=MAX_TOKENS, digits=self.digits)
+        )
+        self.prompt = Prompt(self) if self.digits == INT8_DIGITS and Prompt.fits(self) else None
 
     def write_state(self, pos: int, tokens: Sequence[int], seed: int = 0) -> None:
         """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ..."""
@@ -119,6 +124,49 @@ class Llama:
         state[:4] = pos, len(tokens), 0, seed
         state[4 : 4 + len(tokens)] = tokens
         self.device.write(self.state, state)
+
+    def pass_tokens(self, tokens: int) -> int:
+        """How many of a text's next `tokens` one pass reads."""
+        if self.prompt and tokens >= self.prompt.min_tokens:
+            return min(tokens, self.prompt.max_tokens)
+        return min(tokens, MAX_TOKENS)
+
+    def read(self, pos: int, tokens: Sequence[int], seed: int = 0, *, head: bool) -> list[Plan]:
+        """Begin a pass that reads `tokens`, as many as `pass_tokens` says, at `pos`, with `head`
+        also the last one's logits. Returns the plans of it that are still to be submitted.
+        """
+        if self.prompt and len(tokens) > MAX_TOKENS:
+            rest = self._begin(self.prompt, pos, tokens)
+            self.write_state(pos + len(tokens) - 1, tokens[-1:], seed)  # for the sampler
+            return [rest, self.prompt.last_head] if head else [rest]
+        self.write_state(pos, tokens, seed)
+        few = len(tokens) == 1
+        plans = [self.layers[1 if few else MAX_TOKENS]]
+        return [*plans, self.last_head[1 if few else 0]] if head else plans
+
+    def read_logits(self, pos: int, tokens: Sequence[int]) -> np.ndarray:
+        """Such a pass, now: float32 (len(tokens), vocab_size)."""
+        if not self.prompt or len(tokens) <= MAX_TOKENS:
+            self.write_state(pos, tokens)
+            run(self.device, self.layers[MAX_TOKENS], self.all_heads)
+            return self._logits(len(tokens))
+        run(self.device, self._begin(self.prompt, pos, tokens), self.prompt.norms(len(tokens)))
+        rows = []
+        for first in range(0, len(tokens), MAX_TOKENS):
+            self.prompt.copy_normed(first, MAX_TOKENS)
+            run(self.device, self._head_product)
+            rows.append(self._logits(min(MAX_TOKENS, len(tokens) - first)))
+        return np.concatenate(rows)
+
+    def _begin(self, prompt: Prompt, pos: int, tokens: Sequence[int]) -> Plan:
+        prompt.write_state(pos, tokens)
+        *parts, last = prompt.layers(len(tokens))
+        for part in parts:
+            run(self.device, part)
+        return last
+
+    def _logits(self, tokens: int) -> np.ndarray:
+        return self.device.read(self.logits.buffer, np.float32, (tokens, self.config.vocab_size))
 
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
         n = {"tokens": tokens, "digits": self.digits}
@@ -149,7 +197,7 @@ class Llama:
         pass_tokens = pass_tokens or tokens
         dim = self.config.dim
         kernel = self.kernels.get(
-            "rms_norm", lanes=self._lanes, digits=self.digits, splits=y.splits if y else 0
+            "rms_norm", lanes=self.lanes, digits=self.digits, splits=y.splits if y else 0
         )
         return kernel.dispatch(
             [1, tokens],
@@ -202,10 +250,10 @@ class Llama:
         c = self.config
         n_blocks = -(-c.q_dim // 32)
         kernel = self.kernels.get(
-            "attention_combine", lanes=self._lanes, digits=self.digits, n_splits=self._splits
+            "attention_combine", lanes=self.lanes, digits=self.digits, n_splits=self._splits
         )
         return kernel.dispatch(
-            [-(-n_blocks * 8 // self._lanes), tokens],
+            [-(-n_blocks * 8 // self.lanes), tokens],
             dict(
                 n_heads=c.n_heads,
                 head_dim=c.head_dim,
@@ -220,10 +268,10 @@ class Llama:
     def _swiglu(self, tokens: int) -> Dispatch:
         n_blocks = -(-self.config.hidden_dim // 32)
         kernel = self.kernels.get(
-            "swiglu", lanes=self._lanes, digits=self.digits, splits=self.gate_up.splits
+            "swiglu", lanes=self.lanes, digits=self.digits, splits=self.gate_up.splits
         )
         return kernel.dispatch(
-            [-(-n_blocks * 8 // self._lanes), tokens],
+            [-(-n_blocks * 8 // self.lanes), tokens],
             dict(
                 hidden_dim=self.config.hidden_dim,
                 n_blocks=n_blocks,

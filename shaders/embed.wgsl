@@ -14,7 +14,7 @@ struct Params {
   rows_padded: u32,
   cols: u32,
   n_segments: u32,
-  segment_blocks: u32,
+  n_blocks: u32,
   offset: i32,
 }
 
@@ -39,8 +39,8 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   for (var segment = lane; segment < params.n_segments; segment += 32u) {
     let entry = entries[segment * params.rows_padded + index];
     var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), first_entry(row));
-    let begin = segment * params.segment_blocks * 32u;
-    let end = min(begin + params.segment_blocks * 32u, params.cols);
+    let begin = 32u * first_block(segment);
+    let end = min(32u * first_block(segment + 1u), params.cols);
     for (var column = begin; column < end; column += 16u) {
       let w = decode16(&s);
       for (var k = 0u; k < min(16u, end - column); k++) {

@@ -11,7 +11,7 @@ struct Params {
   rows: u32,
   rows_padded: u32,
   n_segments: u32,
-  segment_blocks: u32,
+  n_blocks: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -28,7 +28,8 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   let row = row_info[id.x];
   var s = open_stream(row.bit, 0u, entries[id.x], first_entry(row));
   for (var segment = 1u; segment < params.n_segments; segment++) {
-    for (var half = 0u; half < 2u * params.segment_blocks; half++) { _ = decode16(&s); }
+    let end = 2u * first_block(segment);
+    for (var half = 2u * first_block(segment - 1u); half < end; half++) { _ = decode16(&s); }
     entries[segment * params.rows_padded + id.x] = bits_read(&s, row.bit) * n_states + s.state;
   }
 }

@@ -17,8 +17,7 @@ struct Params {
   y_rows: u32,
   n_blocks: u32,
   n_segments: u32,
-  segment_blocks: u32,
-  offset: i32,
+  offset: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -36,26 +35,24 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
         @builtin(workgroup_id) group: vec3<u32>) {
   let index = group.x * 32u + local.x;
   let row = row_info[index];
-  load_table(lane, first_entry(row_info[group.x * 32u]));
   let segment = group.y * segments_per_group + local.y;
+  let entry = entries[segment * params.rows_padded + index];
+  // The stream is on its way before the table, which all must wait for.
+  var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
+  load_table(lane, first_entry(row_info[group.x * 32u]));
   var sums = Sums();
-  if (segment < params.n_segments) {
-    let entry = entries[segment * params.rows_padded + index];
-    var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-    let begin = segment * params.segment_blocks;
-    let end = min(begin + params.segment_blocks, params.n_blocks);
-    for (var block = begin; block < end; block++) {
-      let a = decode16(&s);
-      let b = decode16(&s);
-      for (var t = 0u; t < tokens; t++) { sums[t] += block_dot(a, b, t, block); }
-    }
-    // The row's segments share its outliers, wherever these are.
-    let end_k = end_outlier(row);
-    for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
-      let outlier = outliers[k];
-      for (var t = 0u; t < tokens; t++) {
-        sums[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
-      }
+  let end = first_block(segment + 1u);
+  for (var block = first_block(segment); block < end; block++) {
+    let a = decode16(&s);
+    let b = decode16(&s);
+    for (var t = 0u; t < tokens; t++) { sums[t] += block_dot(a, b, t, block); }
+  }
+  // The row's segments share its outliers, wherever these are.
+  let end_k = end_outlier(row);
+  for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
+    let outlier = outliers[k];
+    for (var t = 0u; t < tokens; t++) {
+      sums[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
     }
   }
   write_sums(sums, row_scale(row), matrix_row(row), index, local.xy, group.y);

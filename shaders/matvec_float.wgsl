@@ -17,7 +17,6 @@ struct Params {
   y_rows: u32,
   n_blocks: u32,
   n_segments: u32,
-  segment_blocks: u32,
   row_chunks: u32,
 }
 
@@ -36,26 +35,23 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
         @builtin(workgroup_id) group: vec3<u32>) {
   let index = group.x * 32u + local.x;
   let row = row_info[index];
-  load_table(lane, first_entry(row_info[group.x * 32u]));
   let segment = group.y * segments_per_group + local.y;
+  let chunk = first_chunk(index);
+  let entry = entries[segment * params.rows_padded + index];
+  var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
+  load_table(lane, first_entry(row_info[group.x * 32u]));
   var sums = Sums();
-  if (segment < params.n_segments) {
-    let chunk = first_chunk(index);
-    let entry = entries[segment * params.rows_padded + index];
-    let begin = segment * params.segment_blocks;
-    let end = min(begin + params.segment_blocks, params.n_blocks);
-    var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-    for (var column_group = 2u * begin; column_group < 2u * end; column_group++) {
-      let w = decode_floats(&s, chunk, column_group);
-      for (var t = 0u; t < tokens; t++) { sums[t] += group_dot(w, t, column_group); }
-    }
-    // The row's segments share its outliers, wherever these are.
-    let end_k = end_outlier(row);
-    for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
-      let column = outlier_column(outliers[k]);
-      let w = outlier_floats(chunk, outliers[k]);
-      for (var t = 0u; t < tokens; t++) { sums[t] += outlier_dot(w, t, column); }
-    }
+  let end = 2u * first_block(segment + 1u);
+  for (var column_group = 2u * first_block(segment); column_group < end; column_group++) {
+    let w = decode_floats(&s, chunk, column_group);
+    for (var t = 0u; t < tokens; t++) { sums[t] += group_dot(w, t, column_group); }
+  }
+  // The row's segments share its outliers, wherever these are.
+  let end_k = end_outlier(row);
+  for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
+    let column = outlier_column(outliers[k]);
+    let w = outlier_floats(chunk, outliers[k]);
+    for (var t = 0u; t < tokens; t++) { sums[t] += outlier_dot(w, t, column); }
   }
   write_sums(sums, 1.0, matrix_row(row), index, local.xy, group.y);
 }

@@ -17,6 +17,7 @@ struct Params {
   rows: u32,
   y_rows: u32,
   n_blocks: u32,
+  n_segments: u32,  // 1
   row_chunks: u32,
 }
 

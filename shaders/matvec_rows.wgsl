@@ -17,7 +17,8 @@ struct Params {
   rows: u32,
   y_rows: u32,
   n_blocks: u32,
-  offset: i32,
+  n_segments: u32,  // 1
+  offset: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;

@@ -78,7 +78,7 @@ def test_streams_may_have_no_bits():
     assert writer.words().size == 0
     starts, first = np.zeros(streams, np.int64), np.zeros(streams, np.uint8)
     decoder = ans.Decoder(tables, 4, 0, writer.words(), starts, states, first)
-    symbols = np.array(entry_symbols(tables[0][decoder.run(1)[0]], 11, 4))
+    symbols = np.array(entry_symbols(tables[0][decoder.run(1)[0]], 4))
     assert np.array_equal(symbols[:, 0].T @ [8, 4, 2, 1], groups[0])
 
 
@@ -116,7 +116,7 @@ def test_decoder_resumes_where_it_stopped(group):
     tables, words = decode_tables(marginals, 12, group), writer.words()
     of_rows = classes.astype(np.uint8)
     whole = ans.Decoder(tables, group, raw_bits, words, starts, states, of_rows).run(30)
-    symbols = np.array(entry_symbols(tables.ravel()[whole[0]], 12, group), np.int64)
+    symbols = np.array(entry_symbols(tables.ravel()[whole[0]], group), np.int64)
     digits = 5 ** np.arange(group)[::-1]
     assert np.array_equal(np.tensordot(digits, symbols, 1) + n * classes, groups)
     assert np.array_equal(whole[1], raw)

@@ -12,7 +12,6 @@ from codec.table import (
     all_groups,
     build_table,
     decode_table,
-    entry_nbits,
     entry_symbols,
     group_frequencies,
     has_states,
@@ -64,15 +63,10 @@ def test_marginal_of_small_examples(counts, expected):
     assert quantize_marginal(np.array(counts)).tolist() == expected
 
 
-def nbits_and_base(entries, p):
-    nbits = entry_nbits(entries, p).astype(int)
-    return nbits, ((entries.astype(int) & 2**p - 1) << nbits) - 2**p
-
-
-def numbers(entries, n_symbols, p, group):
+def numbers(entries, n_symbols, group):
     """The groups that decode entries stand for."""
     found = 0
-    for symbols in entry_symbols(entries, p, group):
+    for symbols in entry_symbols(entries, group):
         found = found * n_symbols + symbols.astype(int)
     return found
 
@@ -131,11 +125,14 @@ def test_entries_of_a_group_lead_to_every_state_exactly_once(group_counts, p):
     """What makes the code decodable, and a decoder safe from any state and on any bits."""
     group, counts = group_counts
     marginal = quantize_marginal(np.array(counts))
-    entries = decode_table(marginal, p, group)
-    nbits, base = nbits_and_base(entries, p)
+    entries = decode_table(marginal, p, group).astype(int)
+    nbits = entries & 31
+    base = (entries >> 21) << (p - 11)
+    if p == 12:
+        assert np.array_equal(base, entries >> 20 & 0xFFE)  # as a shader reads it
     assert nbits.min() >= 1
-    assert max(symbols.max() for symbols in entry_symbols(entries, p, group)) < marginal.size
-    number = numbers(entries, marginal.size, p, group)
+    assert max(symbols.max() for symbols in entry_symbols(entries, group)) < marginal.size
+    number = numbers(entries, marginal.size, group)
     frequencies = group_frequencies(marginal, p, group)
     assert np.array_equal(np.bincount(number, minlength=frequencies.size), frequencies)
     order = np.lexsort((base, number))
@@ -152,9 +149,9 @@ def test_encoder_inverts_the_decode_table(group_counts, p):
     group, counts = group_counts
     marginal = quantize_marginal(np.array(counts))
     table = build_table(marginal, p, group)
-    entries = decode_table(marginal, p, group)
-    nbits, base = nbits_and_base(entries, p)
-    number = numbers(entries, marginal.size, p, group)
+    entries = decode_table(marginal, p, group).astype(int)
+    nbits, base = entries & 31, (entries >> 21) << (p - 11)
+    number = numbers(entries, marginal.size, group)
     for bits in (np.zeros_like(nbits), (1 << nbits) - 1):
         x = base + bits + 2**p
         n = x + table.delta_bits[number] >> 16
@@ -220,11 +217,10 @@ def test_symbols_of_probability_0_are_stood_for_by_their_neighbour(group, p):
 )
 def test_table_equals_the_scalar_one(group, counts, p):
     marginal = quantize_marginal(np.array(counts))
-    width, fields = 16 // group, []
+    at, mask, fields = ((8, 16), 31, []) if group == 2 else ((5, 9, 13, 17), 15, [])
     for e in decode_table(marginal, p, group).tolist():
-        symbols = tuple(e >> p + i * width & 2**width - 1 for i in range(group))
-        nbits = e >> p + 16
-        fields.append((symbols, nbits, (e % 2**p) * 2**nbits - 2**p))
+        symbols = tuple(e >> lowest & mask for lowest in at)
+        fields.append((symbols, e & 31, (e >> 21) << (p - 11)))
     assert fields == codec_scalar.state_table(tuple(marginal.tolist()), p, group)
 
 
@@ -233,12 +229,12 @@ def test_table_of_one_value_by_hand():
     marginal = np.array([65535, 1], np.uint16)
     assert group_frequencies(marginal, 11, 2).tolist() == [1024, 512, 512, 0]
     entries = decode_table(marginal, 11, 2).tolist()
-    # (0, 0) is so likely that it has the first 1024 states: x = 1024 + state, 1 bit.
-    assert entries[:3] == [1 << 27 | 1024, 1 << 27 | 1025, 1 << 27 | 1026]
-    assert entries[1023] == 1 << 27 | 2047
-    # (0, 1) and (1, 0) are alike and take turns: x = 512, 513, ..., 2 bits.
-    assert entries[1024:1026] == [2 << 27 | 1 << 19 | 512, 2 << 27 | 1 << 11 | 512]
-    assert entries[1026:1028] == [2 << 27 | 1 << 19 | 513, 2 << 27 | 1 << 11 | 513]
-    assert entries[2047] == 2 << 27 | 1 << 11 | 1023
+    # (0, 0) is so likely that it has the first 1024 states: x = 1024 + state, 1 bit, base 2 state.
+    assert entries[:3] == [1, 1 | 2 << 21, 1 | 4 << 21]
+    assert entries[1023] == 1 | 2046 << 21
+    # (0, 1) and (1, 0) are alike and take turns: x = 512, 513, ..., 2 bits, base 4 (x - 512).
+    assert entries[1024:1026] == [2 | 1 << 16, 2 | 1 << 8]
+    assert entries[1026:1028] == [2 | 1 << 16 | 4 << 21, 2 | 1 << 8 | 4 << 21]
+    assert entries[2047] == 2 | 1 << 8 | 2044 << 21
     # (1, 1) has no state; (1, 0) stands for it.
     assert build_table(marginal, 11, 2).substitute.tolist() == [0, 1, 2, 2]

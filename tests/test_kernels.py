@@ -220,9 +220,9 @@ def test_matvec_in_parts_equals_whole(
     assert m.n_classes > 1
     a, _ = digit_activations(rng, kernels.device, tokens, 1, m.cols)
     results, parts = [], []
-    for limit in (kernels.device.max_binding_bytes, 20_000):
+    for limit in (kernels.device.max_binding_bytes, 60_000):
         monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
-        gpu = GpuMatrix(kernels, "w", m)
+        gpu = GpuMatrix(kernels, "w", m, n_segments=3)
         monkeypatch.undo()
         parts.append(len(gpu.parts))
         y = gpu.output("y", tokens)
@@ -244,7 +244,8 @@ def test_entry_points(
     gpu = GpuMatrix(kernels, "w", m)
     (part,) = gpu.parts
     got = kernels.device.read(part.entries, np.uint32, (gpu.n_segments, part.rows_padded))
-    want, _ = entry_points(m, 32 * gpu.segment_blocks)
+    blocks = np.arange(gpu.n_segments) * gpu.n_blocks // gpu.n_segments
+    want, _ = entry_points(m, (32 * blocks).tolist())
     assert (got[:, : m.rows] == want[:, device_order(m.classes)]).all()
     assert not got[:, m.rows :].any()
 
@@ -286,7 +287,7 @@ def test_embed_in_parts_equals_whole(
     tokens = rng.integers(0, m.rows, MAX_TOKENS)
     state = kernels.device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
     results, parts = [], []
-    for limit in (kernels.device.max_binding_bytes, 20_000):
+    for limit in (kernels.device.max_binding_bytes, 60_000):
         monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
         gpu = GpuMatrix(kernels, "w", m)
         parts.append(len(gpu.parts))
@@ -380,7 +381,7 @@ def test_matvec_float_in_parts_equals_whole(
     results, parts = [], []
     for limit in (kernels.device.max_binding_bytes, 40_000):  # 113 rows of fields
         monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
-        gpu = GpuMatrix(kernels, "w", m)
+        gpu = GpuMatrix(kernels, "w", m, n_segments=3)
         monkeypatch.undo()
         parts.append([part.rows for part in gpu.parts])
         y = gpu.output("y", tokens)

@@ -6,33 +6,36 @@
 override n_states: u32;      // 2^P, P = 11 or 12
 override group_size: u32;    // weights that an entry decodes: 2 or 4
 override raw_bits: u32;      // 0..4 low bits per weight that are stored as they are; none with groups of 4
-override wide_symbols: bool; // symbols of two have 8 bits (a float's exponent), not 5
+override wide_symbols: bool; // the two symbols of an entry are whole bytes (a float's exponent), not 5 bits
 
-// A table entry: x in bits 0..P - 1 | 16 bits of symbols, two of 8 or four of 4, the first lowest | nbits.
+// A table entry: nbits in bits 0..4 | symbols in 5..20, two of 8 bits or four of 4, the first lowest | base in 21..31.
+// With 2^12 states base is even and stored halved. Symbols of 5 bits are on top of their 8, in bits 8..12 and 16..20.
+const SYMBOLS: u32 = 0xFFFFu;
+const NBITS: u32 = 31u;
 
-fn entry_nbits(entry: u32) -> u32 { return entry >> select(28u, 27u, n_states == 2048u); }
-
-// x, then the next nbits bits of the stream; the leading one of x leaves the state on the left.
-fn next_state(entry: u32, window: u32) -> u32 {
-  return funnel(entry, window, entry_nbits(entry)) & (n_states - 1u);
+fn entry_base(entry: u32) -> u32 {
+  if (n_states == 2048u) { return entry >> 21u; }
+  return (entry >> 20u) & 0xFFEu;
 }
 
-// Of an entry, with its symbols in bits 11..26.
-fn symbols_at_11(entry: u32) -> u32 { return select(entry >> 1u, entry, n_states == 2048u); }
+// nbits, for shifts and for sums below 256. Above symbols of 5 bits come three zeros: the entry will do as it is.
+fn entry_shift(entry: u32) -> u32 {
+  if (group_size == 2u && !wide_symbols) { return entry; }
+  return entry & NBITS;
+}
 
-// Four symbols, one a byte, from the entries of two pairs; shifted left by raw_bits, if these are at most 2.
+// base + the next nbits bits; nbits >= 1.
+fn next_state(entry: u32, window: u32) -> u32 { return entry_base(entry) + leading(window, entry_shift(entry)); }
+
+// Four symbols, one a byte, from the entries of two pairs.
 fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
-  let a = symbols_at_11(pair0);
-  let b = symbols_at_11(pair1);
-  if (wide_symbols) { return ((a >> 11u) & 0xFFFFu) | ((b << 5u) & 0xFFFF0000u); }
-  // Symbols of 5 bits are the upper parts of bytes 1 and 2: a byte permutation, and away with what is below them.
-  let bytes = ((a >> 8u) & 0xFFFFu) | ((b << 8u) & 0xFFFF0000u);
-  return (bytes & 0xF8F8F8F8u) >> (3u - select(raw_bits, 0u, raw_bits > 2u));
+  if (wide_symbols) { return ((pair0 >> 5u) & SYMBOLS) | ((pair1 << 11u) & (SYMBOLS << 16u)); }
+  return insertBits(pair0 >> 8u, pair1 >> 8u, 16u, 16u) & 0x1F1F1F1Fu;
 }
 
 // The same from the entry of a group of four.
 fn spread_symbols(entry: u32) -> u32 {
-  let symbols = (symbols_at_11(entry) >> 11u) & 0xFFFFu;
+  let symbols = (entry >> 5u) & SYMBOLS;
   let halves = (symbols | (symbols << 8u)) & 0x00FF00FFu;
   return (halves | (halves << 4u)) & 0x0F0F0F0Fu;
 }
@@ -65,28 +68,28 @@ fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low
   if (group_size == 4u) {
     let entry = table_entry(s);
     (*s).state = next_state(entry, (*s).w0);
-    advance(s, entry_nbits(entry));
+    advance(s, entry_shift(entry));
     return vec2<u32>(spread_symbols(entry), 0u);
   }
   let low = raw_bytes((*s).w0);
   let after_raw = (*s).w0 << ((4u * raw_bits) & 31u);
   let pair0 = table_entry(s);
   (*s).state = next_state(pair0, after_raw);
-  let used = 4u * raw_bits + entry_nbits(pair0);
+  let used = 4u * raw_bits + entry_shift(pair0);
   var pair1 = 0u;
   if (4u * raw_bits + 2u * select(12u, 11u, n_states == 2048u) > 31u) {  // both pairs do not fit one word
     advance(s, used);
     pair1 = table_entry(s);
     (*s).state = next_state(pair1, (*s).w0);
-    advance(s, entry_nbits(pair1));
+    advance(s, entry_shift(pair1));
   } else {
     pair1 = table_entry(s);
-    (*s).state = next_state(pair1, after_raw << entry_nbits(pair0));
-    advance(s, used + entry_nbits(pair1));
+    (*s).state = next_state(pair1, after_raw << (pair0 & NBITS));
+    advance(s, used + entry_shift(pair1));
   }
   let symbols = symbol_bytes(pair0, pair1);
   if (raw_bits > 2u) { return vec2<u32>(symbols, low); }
-  return vec2<u32>(symbols | low, 0u);
+  return vec2<u32>((symbols << raw_bits) | low, 0u);
 }
 
 fn decode16(s: ptr<function, Stream>) -> Weights {

@@ -2,7 +2,7 @@
 // one scale for 32 columns. One digit is the int8 mode; three carry 23 bits below the block's largest value, no less
 // than f32 rounding leaves of a sum, and are the exact mode. The integer sums are exact in both.
 // The importer provides  x_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),  x_scale: array<vec2<f32>>
-// (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset  (min_symbol << raw_bits).
+// (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset: f32  (min_symbol << raw_bits).
 
 override digits: u32;  // 1 or 3
 
@@ -25,7 +25,7 @@ fn block_dot(a: Weights, b: Weights, token: u32, block: u32) -> f32 {
 
 fn scaled(dot: f32, token: u32, block: u32) -> f32 {
   let x = x_scale[token * params.n_blocks + block];
-  return dot * x.x + f32(params.offset) * x.y;
+  return dot * x.x + params.offset * x.y;
 }
 
 fn dot16(w: Weights, x: vec4<u32>) -> i32 {

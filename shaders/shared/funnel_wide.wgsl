@@ -1,7 +1,7 @@
-// funnel.wgsl for GPUs with 64-bit integers, whose compilers make one instruction of it.
+// funnel.wgsl by 64-bit integers. Shifts take their amount modulo 64: no mask, which would be an instruction more.
 
-fn funnel(high: u32, low: u32, bits: u32) -> u32 {  // bits 0..31
-  return u32((((u64(high) << 32u) | u64(low)) << bits) >> 32u);
+fn leading(word: u32, shift: u32) -> u32 { return funnel(0u, word, shift); }
+
+fn funnel(high: u32, low: u32, shift: u32) -> u32 {
+  return u32((((u64(high) << 32u) | u64(low)) << (shift & 63u)) >> 32u);
 }
-
-fn funnel_any(high: u32, low: u32, bits: u32) -> u32 { return funnel(high, low, bits); }

@@ -1,5 +1,10 @@
 // A coded matrix in GPU memory: what every kernel that decodes weights is given.
 
+// The importer provides params.n_blocks and params.n_segments.
+
+// A row's blocks of 32 columns are shared out evenly among its segments: where the share of one begins.
+fn first_block(segment: u32) -> u32 { return segment * params.n_blocks / params.n_segments; }
+
 // Rows lie sorted by class, so that all of a tile have one decode table.
 struct Row {
   bit: u32,             // where the row's stream starts in `words`

@@ -9,7 +9,7 @@ struct Stream {
   state: u32,
   table: u32,  // first entry of its decode table
   pos: u32,    // bits of `a` that came before w0, 0..127
-  used: u32,   // bits that were in w0..w3 and no longer are
+  used: u32,   // bits that were in w0..w3 and no longer are: its low 8 bits
   next: u32,   // index of b
   a: vec4<u32>,
   b: vec4<u32>,
@@ -44,34 +44,48 @@ fn align(s: ptr<function, Stream>) {
   let u2 = select(v2, v3, one);
   let u3 = select(v3, v4, one);
   let bits = (*s).pos & 31u;
-  (*s).w0 = funnel_any(select(v0, v1, one), u1, bits);
-  (*s).w1 = funnel_any(u1, u2, bits);
-  (*s).w2 = funnel_any(u2, u3, bits);
-  (*s).w3 = funnel_any(u3, select(v4, v5, one), bits);
+  (*s).w0 = funnel(select(v0, v1, one), u1, bits);
+  (*s).w1 = funnel(u1, u2, bits);
+  (*s).w2 = funnel(u2, u3, bits);
+  (*s).w3 = funnel(u3, select(v4, v5, one), bits);
 }
 
-// What is shifted in at the end is of no use: whoever refills in time never sees it, nor does the compiler compute it.
-fn advance(s: ptr<function, Stream>, bits: u32) {  // bits 1..31
+// By 1..31 bits, bit 5 of `bits` being 0. What is shifted in at the end is of no use: whoever refills in time never sees
+// it, nor does the compiler compute it.
+fn advance(s: ptr<function, Stream>, bits: u32) {
   (*s).w0 = funnel((*s).w0, (*s).w1, bits);
   (*s).w1 = funnel((*s).w1, (*s).w2, bits);
   (*s).w2 = funnel((*s).w2, (*s).w3, bits);
-  (*s).w3 = (*s).w3 << bits;
+  (*s).w3 = (*s).w3 << (bits & 31u);
   (*s).used += bits;
 }
 
 fn refill(s: ptr<function, Stream>) {  // after at most 128 bits
-  let pos = (*s).pos + (*s).used;
+  let pos = (*s).pos + ((*s).used & 255u);
   let crossed = pos >= 128u;
   (*s).pos = pos & 127u;
   (*s).used = 0u;
-  (*s).a = select((*s).a, (*s).b, crossed);
-  (*s).next += select(0u, interleave, crossed);
-  (*s).b = words[(*s).next];
+  cross_chunk(s, crossed);
   align(s);
 }
 
-// Bits read since the row's first one, which is bit `bit`.
+// On a GPU lanes that need no chunk load none: fewer cache lines a load. On a CPU a branch costs more than the load.
+fn cross_chunk(s: ptr<function, Stream>, crossed: bool) {
+  if (interleave == 32u) {
+    if (crossed) {
+      (*s).a = (*s).b;
+      (*s).next += interleave;
+      (*s).b = words[(*s).next];
+    }
+  } else {
+    (*s).a = select((*s).a, (*s).b, crossed);
+    (*s).next += select(0u, interleave, crossed);
+    (*s).b = words[(*s).next];
+  }
+}
+
+// Bits between the row's first one, which is bit `bit`, and a stream that has just been refilled.
 fn bits_read(s: ptr<function, Stream>, bit: u32) -> u32 {
   let chunks = ((*s).next - (bit >> 7u)) / interleave - 1u;
-  return 128u * chunks + (*s).pos + (*s).used - (bit & 127u);
+  return 128u * chunks + (*s).pos - (bit & 127u);
 }

@@ -1,0 +1,270 @@
+"""Prompts: a Llama's passes of many tokens, one step per line, in the order of the paper.
+
+A matrix is decoded once for all tokens of the pass, to bytes in a buffer that all matrices use in
+turn, and multiplied with them there (GpuMatrix.matmul). Keys and values go into the cache first,
+then queries meet them tile by tile. Norms and activations are the kernels of short passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.kernel import Dispatch
+from engine.plan import Plan
+from model.gpu_matrix import Activations, GpuMatrix, Step, uniform_tokens
+from model.kv_cache import half_padded
+
+if TYPE_CHECKING:
+    from model.llama import Llama
+
+# Tokens of one pass. A software adapter needs a second for its, and Ctrl-C waits for it.
+MAX_CHUNK, SOFTWARE_CHUNK = 512, 64
+# Fewer tokens are faster in short passes: measured on an H100 for 135 M parameters, and for 8 G,
+# where a workgroup's 64 tokens should all be there.
+_MIN_CHUNK, _LARGE_MIN_CHUNK, _LARGE_MODEL = 17, 49, 1 << 29
+
+_ROWS = 32  # pairs of token and head in a workgroup: shaders/attention_prompt.wgsl
+_MAX_HALF = 64  # of half_padded, there
+_WEIGHT_BYTES = 6144  # of weights and maxima, there
+_GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
+_BYTES = 64 << 20  # decoded at a time: any matrix of an 8B model, or half of one
+_PART = 100  # launches that are submitted at once
+
+
+def attention_bytes(head_dim: int, *, tiled: bool) -> int:
+    """Workgroup memory of attention_prompt, or else of attention_rows."""
+    rows = (
+        2 * _ROWS * 4 * (-(-head_dim // 8) * 8)
+    )  # queries, and a tile of keys or the values so far
+    return rows + _WEIGHT_BYTES if tiled else rows
+
+
+class Prompt:
+    """What a `Llama` needs besides to read `min_tokens` to `max_tokens` a pass, int8 activations.
+
+    Fewer are faster in short passes. `layers(n)` runs all blocks for n tokens; then either
+    `last_head` gives the last one's logits, in row 0 of the model's, or `norms(n)` what the head
+    reads of each.
+    """
+
+    def __init__(self, model: Llama) -> None:
+        self._model = model
+        self.config = c = model.config
+        self.kernels = model.kernels
+        device = model.device
+        # Where workgroup memory is too small for tiles, a GPU takes the software adapter's kernel:
+        # it is slow there, but what is saved on the products is more.
+        room = device.workgroup_memory
+        self._tiled = not device.software and half_padded(c) <= _MAX_HALF
+        self._tiled &= attention_bytes(c.head_dim, tiled=True) <= room
+        chunk = SOFTWARE_CHUNK if device.software else MAX_CHUNK
+        self.min_tokens = _MIN_CHUNK if c.n_params < _LARGE_MODEL else _LARGE_MIN_CHUNK
+        if device.software:
+            self.min_tokens = 9
+        self._round = 8 if device.software else 64  # plans are made for multiples of so many tokens
+        self.max_tokens = n = min(chunk, -(-model.cache.max_pos // 128) * 128)
+        self._attention_tokens = _ROWS // (c.n_heads // c.n_kv_heads)
+        groups = c.n_kv_heads * -(-n // self._attention_tokens)
+        self._splits = min(4, -(-_GROUPS_WANTED // groups)) if self._tiled else 1
+        matrices: list[GpuMatrix] = [m for layer in model.blocks for m in layer.matrices]
+        self.state = device.empty("prompt.state", 4 * (4 + n))
+        self.x = device.empty("prompt.x", 4 * n * c.dim)
+        self.xn = Activations.for_matmul(device, "prompt.xn", n, c.dim)
+        self.qkv = device.empty("prompt.qkv", 4 * n * (c.q_dim + 2 * c.kv_dim))
+        self.partial = device.empty(
+            "prompt.attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
+        )
+        self.attn = Activations.for_matmul(device, "prompt.attn", n, c.q_dim)
+        self.o = device.empty("prompt.o", 4 * n * c.dim)
+        self.gate_up = device.empty("prompt.gate_up", 4 * n * 2 * c.hidden_dim)
+        self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
+        self.down = device.empty("prompt.down", 4 * n * c.dim)
+        self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
+        self._layer_steps = list(self._layers())
+        self._plans: dict[int, list[Plan]] = {}
+        self.last_head = Plan(self._last_head())
+        self._norm = self._rms_norm(self.down, model.norm)
+
+    @staticmethod
+    def fits(model: Llama) -> bool:
+        """Whether the adapter can run these kernels for such a model."""
+        c, device = model.config, model.device
+        matrices = [m for layer in model.blocks for m in layer.matrices]
+        if (
+            c.n_heads // c.n_kv_heads > _ROWS
+            or attention_bytes(c.head_dim, tiled=False) > device.workgroup_memory
+        ):
+            return False
+        if device.software:
+            return all(uniform_tokens(m.n_blocks) for m in matrices)
+        return not any(m.whole_rows for m in matrices)
+
+    def write_state(self, pos: int, tokens: Sequence[int]) -> None:
+        """The next pass reads `tokens` (at most max_tokens) at positions pos, pos + 1, ..."""
+        state = np.zeros(4 + self.max_tokens, np.uint32)
+        state[:2] = pos, len(tokens)
+        state[4 : 4 + len(tokens)] = tokens
+        self._model.device.write(self.state, state)
+
+    def layers(self, tokens: int) -> list[Plan]:
+        """In parts: the device may begin with one while the next are being encoded."""
+        tokens = -(-tokens // self._round) * self._round
+        if tokens not in self._plans:
+            steps = [step.of(tokens) for step in self._layer_steps]
+            parts = [steps[i : i + _PART] for i in range(0, len(steps), _PART)]
+            self._plans[tokens] = [Plan(part) for part in parts]
+        return self._plans[tokens]
+
+    def norms(self, tokens: int) -> Plan:
+        return Plan([self._norm.of(tokens)])
+
+    def copy_normed(self, first: int, tokens: int) -> None:
+        """Puts what `norms` gave for tokens first, first + 1, ... where the model's head reads."""
+        device, n_blocks = self._model.device, -(-self.config.dim // 32)
+        encoder = device.wgpu.create_command_encoder()
+        pairs = (
+            (self.xn.digits, self._model.xn.digits, 32),
+            (self.xn.scale, self._model.xn.scale, 8),
+        )
+        for ours, theirs, block_bytes in pairs:
+            size = n_blocks * block_bytes
+            encoder.copy_buffer_to_buffer(ours, first * size, theirs, 0, tokens * size)
+        device.queue.submit([encoder.finish()])
+
+    def _layers(self) -> Iterator[Step]:
+        m = self._model
+        previous = None
+        for dispatch in m.embed_tokens.embed(self.state, self.x, tokens=1):
+            yield Step(dispatch, 1)
+        for i, layer in enumerate(m.blocks):
+            keys, values = m.cache.keys[i], m.cache.values[i]
+            yield self._rms_norm(previous, layer.input_layernorm)
+            yield from layer.qkv_proj.matmul(self.xn, self.qkv, self.bytes)
+            yield self._cache_write(keys, values)
+            yield self._attention(keys, values)
+            yield self._attention_combine()
+            yield from layer.o_proj.matmul(self.attn, self.o, self.bytes)
+
+            yield self._rms_norm(self.o, layer.post_attention_layernorm)
+            yield from layer.gate_up_proj.matmul(self.xn, self.gate_up, self.bytes)
+            yield self._swiglu()
+            yield from layer.down_proj.matmul(self.h, self.down, self.bytes)
+            previous = self.down
+
+    def _last_head(self) -> Iterator[Dispatch]:
+        m = self._model
+        yield self._rms_norm(self.down, m.norm, out=m.xn, last=1).of(1)
+        yield from m.lm_head.matvec(m.xn, m.logits, tokens=1, digits=1)
+
+    def _rms_norm(self, y: Any, weight: Any, out: Activations | None = None, last: int = 0) -> Step:
+        dim, out = self.config.dim, out or self.xn
+        kernel = self.kernels.get(
+            "rms_norm", lanes=self._model.lanes, digits=1, splits=0 if y is None else 1
+        )
+        return Step(
+            kernel.dispatch(
+                [1, 1],
+                dict(
+                    dim=dim,
+                    n_blocks=-(-dim // 32),
+                    tokens=self.max_tokens,
+                    last=last,
+                    eps=self.config.norm_eps,
+                ),
+                state=self.state,
+                y=self.down if y is None else y,
+                weight=weight,
+                x=self.x,
+                x_digits=out.digits,
+                x_scale=out.scale,
+            ),
+            1,
+        )
+
+    @property
+    def _heads(self) -> dict[str, int]:
+        c = self.config
+        return dict(
+            n_heads=c.n_heads,
+            n_kv_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            half_padded=half_padded(c),
+            max_pos=self._model.cache.max_pos,
+        )
+
+    def _cache_write(self, keys: Any, values: Any) -> Step:
+        c = self.config
+        quads = c.n_kv_heads * half_padded(c) // 4
+        return Step(
+            self.kernels.get("cache_write").dispatch(
+                [-(-quads // 64), 1],
+                self._heads,
+                state=self.state,
+                y=self.qkv,
+                rope=self._model.rope,
+                k_cache=keys,
+                v_cache=values,
+            ),
+            1,
+        )
+
+    def _attention(self, keys: Any, values: Any) -> Step:
+        c = self.config
+        half_quads = half_padded(c) // 4
+        overrides = dict(tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS)
+        if self._tiled:
+            overrides |= dict(half_quads=half_quads, n_splits=self._splits)
+        kernel = self.kernels.get(
+            "attention_prompt" if self._tiled else "attention_rows", **overrides
+        )
+        return Step(
+            kernel.dispatch(
+                [c.n_kv_heads, 1, self._splits],
+                dict(scale=c.head_dim**-0.5, **self._heads),
+                state=self.state,
+                y=self.qkv,
+                rope=self._model.rope,
+                k_cache=keys,
+                v_cache=values,
+                partial=self.partial,
+            ),
+            self._attention_tokens,
+        )
+
+    def _attention_combine(self) -> Step:
+        c, lanes = self.config, self._model.lanes
+        n_blocks = -(-c.q_dim // 32)
+        kernel = self.kernels.get("attention_combine", lanes=lanes, digits=1, n_splits=self._splits)
+        return Step(
+            kernel.dispatch(
+                [-(-n_blocks * 8 // lanes), 1],
+                dict(
+                    n_heads=c.n_heads,
+                    head_dim=c.head_dim,
+                    half_padded=half_padded(c),
+                    n_blocks=n_blocks,
+                ),
+                partial=self.partial,
+                x_digits=self.attn.digits,
+                x_scale=self.attn.scale,
+            ),
+            1,
+        )
+
+    def _swiglu(self) -> Step:
+        lanes, hidden_dim = self._model.lanes, self.config.hidden_dim
+        n_blocks = -(-hidden_dim // 32)
+        kernel = self.kernels.get("swiglu", lanes=lanes, digits=1, splits=1)
+        return Step(
+            kernel.dispatch(
+                [-(-n_blocks * 8 // lanes), 1],
+                dict(hidden_dim=hidden_dim, n_blocks=n_blocks, tokens=self.max_tokens),
+                y=self.gate_up,
+                x_digits=self.h.digits,
+                x_scale=self.h.scale,
+            ),
+            1,
+        )

@@ -1,0 +1,262 @@
+"""The kernels of passes of many tokens, each against its numpy twin. Bytes are compared with ==."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from test_kernels import (
+    F32,
+    HEADS,
+    MATRICES,
+    check_quantized,
+    coded,
+    digit_activations,
+    read_activations,
+)
+from test_kernels import kernels as kernels
+from test_kernels import rng as rng
+
+from codec.classes import device_order
+from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
+from engine.device import Device
+from engine.kernel import Kernels
+from engine.plan import Plan, run
+from model import prompt, reference
+from model.gpu_layout import far_outliers
+from model.gpu_matrix import Activations, GpuMatrix
+from model.llama import rope_table
+
+pytestmark = pytest.mark.gpu
+
+FAR = [(65, 575, 4.0, 12), (60, 600, 150.0, 11)]  # as MATRICES: outliers that do not fit a byte
+
+
+def steps_of(gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int) -> Plan:
+    return Plan([step.of(tokens) for step in gpu.matmul(x, y, bytes_)])
+
+
+def matmul_activations(
+    rng: np.random.Generator, device: Device, tokens: int, cols: int
+) -> tuple[Activations, np.ndarray]:
+    """Random digits on the device, and the float64 (tokens, cols) that they stand for."""
+    given, x = digit_activations(rng, device, tokens, 1, cols)
+    a = Activations.for_matmul(device, "x", tokens, cols)
+    n_blocks = -(-cols // 32)
+    device.write(a.digits, device.read(given.digits, np.int8, (tokens * n_blocks * 32,)))
+    device.write(a.scale, device.read(given.scale, np.float32, (tokens * n_blocks * 2,)))
+    return a, x
+
+
+def as_integers(m: CodedMatrix, device: Device, bytes_: Any, gpu: GpuMatrix) -> np.ndarray:
+    """What decode_tile has left in the buffer, (rows, cols), planes added up."""
+    padded = -(-m.rows // 128) * 128
+    planes = 2 if m.raw_bits > 2 else 1
+    shape = (gpu.n_blocks, planes, 2, padded, 16)
+    got = device.read(bytes_, np.int8, shape).astype(np.int64)
+    w = got[:, 0] if planes == 1 else (got[:, 0] << m.raw_bits) + got[:, 1]
+    w = w.transpose(2, 0, 1, 3).reshape(padded, -1)[: m.rows, : m.cols]
+    return w[np.argsort(device_order(m.classes))]
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("matrix", MATRICES + FAR)
+def test_matmul(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, float, int],
+    whole_rows: bool,
+) -> None:
+    device, tokens = kernels.device, 70
+    monkeypatch.setattr(device, "software", whole_rows)
+    m = coded(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    room = 128  # whole tiles
+    a, x = matmul_activations(rng, device, room, m.cols)
+    bytes_ = device.empty("bytes", gpu.n_bytes)
+    y = device.upload("y", np.full((room, m.rows), np.nan, np.float32))
+    run(device, steps_of(gpu, a, y, bytes_, tokens))
+    q = decode_matrix(m)
+
+    # Bytes are the integers themselves, less what is left to the product of those that may not fit.
+    far = far_outliers(m)
+    got_q, want_q = as_integers(m, device, bytes_, gpu), q.copy()
+    row = np.repeat(np.arange(m.rows), np.diff(far[: m.rows + 1].astype(np.int64)))
+    column, remainder = far[m.rows + 1 :] & 0xFFFF, far[m.rows + 1 :].view(np.int32) >> 16
+    want_q[row, column] -= remainder << m.raw_bits
+    assert (got_q == want_q).all()
+
+    # A block's dot is exact; it is scaled and added in f32, once for every plane; then outliers and
+    # the row's scale. Of an outlier both parts count.
+    got = device.read(y, np.float32, (room, m.rows))[:tokens]
+    scale = m.scale.astype(np.float64)
+    terms = np.abs(x) @ ((np.abs(q) + 2 * np.abs(q - got_q) + 255) * scale[:, None]).T
+    roundings = 2 * 2 * gpu.n_blocks + int(m.outlier_counts.max()) + 4
+    assert_close(got, x[:tokens] @ (q * scale[:, None]).T, roundings * F32 * terms[:tokens])
+
+
+def test_some_outliers_are_far() -> None:
+    every = [coded(np.random.default_rng(7), *matrix) for matrix in FAR]
+    assert [m.raw_bits for m in every] == [2, 4]  # one plane of bytes, two
+    for m in every:
+        assert 0 < far_outliers(m).size - (m.rows + 1) < m.outliers.size
+
+
+@pytest.mark.parametrize("limits", ["parts", "bytes"])
+def test_matmul_piece_by_piece_equals_whole(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, limits: str
+) -> None:
+    """Of a matrix in several bindings, and of one decoded 128 rows at a time."""
+    device = kernels.device
+    monkeypatch.setattr(device, "software", False)
+    m = coded(rng, 400, 331, 3.0, 12)
+    assert m.n_classes > 1
+    a, _ = digit_activations(rng, device, 64, 1, m.cols)
+    results, steps = [], []
+    for small in (False, True):
+        if small and limits == "parts":
+            monkeypatch.setattr(device, "max_binding_bytes", 40_000)
+        gpu = GpuMatrix(kernels, "w", m)
+        n_bytes = gpu.n_bytes // 4 if small and limits == "bytes" else gpu.n_bytes
+        monkeypatch.setattr(device, "max_binding_bytes", 1 << 27)
+        bytes_, y = device.empty("bytes", n_bytes), device.empty("y", 4 * 64 * m.rows)
+        plan = steps_of(gpu, a, y, bytes_, 64)
+        run(device, plan)
+        steps.append(len(plan.dispatches))
+        results.append(device.read(y, np.float32, (64, m.rows)))
+    assert steps[0] == 2 and steps[1] >= 6
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("rows", [60, 4096])
+def test_matmul_of_whole_numbers_is_exact(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """With scales of 1 every sum is a whole number below 2^24, which f32 holds: both tile sizes."""
+    device, tokens, cols = kernels.device, 129, 70
+    monkeypatch.setattr(device, "software", False)
+    q = np.round(rng.laplace(size=(rows, cols)) * 9).astype(np.int32)
+    m = encode_matrix(q, np.zeros(rows, np.int16), 11)
+    gpu = GpuMatrix(kernels, "w", m)
+    x = np.zeros((256, 96), np.int8)
+    x[:tokens, :cols] = rng.integers(-127, 128, (tokens, cols))
+    scale = np.ones((256, 3, 2), np.float32)
+    a = Activations(device.upload("digits", x), device.upload("scale", scale))
+    bytes_, y = device.empty("bytes", gpu.n_bytes), device.empty("y", 4 * 256 * rows)
+    run(device, steps_of(gpu, a, y, bytes_, tokens))
+    got = device.read(y, np.float32, (tokens, rows))
+    assert (got == x[:tokens, :cols].astype(np.int64) @ q.T).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_splits"), [("attention_prompt", 1), ("attention_prompt", 3), ("attention_rows", 1)]
+)
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(("pos", "n_tokens"), [(0, 1), (3, 12), (47, 33)])
+def test_cache_write_and_attention_prompt(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    pos: int,
+    n_tokens: int,
+    name: str,
+    n_splits: int,
+) -> None:
+    device, max_pos, theta = kernels.device, 96, 10000.0
+    half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
+    tiled = name == "attention_prompt"
+    if prompt.attention_bytes(head_dim, tiled=tiled) > device.workgroup_memory:
+        pytest.skip(f"{device.name} has too little workgroup memory for heads of {head_dim}")
+    all_heads = n_heads + 2 * n_kv_heads
+    room = 64
+    past = rng.normal(size=(2, max_pos, n_kv_heads, head_dim)).astype(np.float16)
+    y = rng.normal(size=(room, all_heads * head_dim)).astype(np.float32)
+    packed = np.zeros((2, n_kv_heads, max_pos, padded, 2), np.float16)
+    packed[:, :, :, :half, 0] = past[..., :half].transpose(0, 2, 1, 3)
+    packed[:, :, :, :half, 1] = past[..., half:].transpose(0, 2, 1, 3)
+    keys, values = device.upload("k_cache", packed[0]), device.upload("v_cache", packed[1])
+    heads = dict(
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        half_padded=padded,
+        max_pos=max_pos,
+    )
+    buffers = dict(
+        state=device.upload("state", np.array([pos, n_tokens] + [0] * 10, np.uint32)),
+        y=device.upload("y", y),
+        rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
+        k_cache=keys,
+        v_cache=values,
+    )
+    stride = 2 * padded + 2
+    nothing = np.full((room, n_heads, n_splits, stride), np.nan, np.float32)
+    partial = device.upload("partial", nothing)
+    out = Activations.empty(device, "attn", room, 1, n_heads * head_dim)
+    tokens_per_group = 32 // (n_heads // n_kv_heads)
+    overrides = {}
+    if tiled:
+        overrides = dict(half_quads=padded // 4, n_splits=n_splits)
+    n_blocks = -(-n_heads * head_dim // 32)
+    dispatches = [
+        kernels.get("cache_write").dispatch(
+            [-(-n_kv_heads * padded // 4 // 64), n_tokens + 3], heads, **buffers
+        ),
+        kernels.get(
+            name, tokens_per_group=tokens_per_group, row_quads=16 * padded, **overrides
+        ).dispatch(
+            [n_kv_heads, -(-n_tokens // tokens_per_group) + 1, n_splits],
+            dict(scale=head_dim**-0.5, **heads),
+            partial=partial,
+            **buffers,
+        ),
+        kernels.get("attention_combine", lanes=64, digits=1, n_splits=n_splits).dispatch(
+            [-(-n_blocks * 8 // 64), n_tokens],
+            dict(n_heads=n_heads, head_dim=head_dim, half_padded=padded, n_blocks=n_blocks),
+            partial=partial,
+            x_digits=out.digits,
+            x_scale=out.scale,
+        ),
+    ]
+    run(device, Plan(dispatches))
+
+    qkv = y[:n_tokens].astype(np.float64).reshape(n_tokens, all_heads, head_dim)
+    want_q, want_k, want_v = np.split(qkv, [n_heads, n_heads + n_kv_heads], axis=1)
+    want_q, want_k = reference.rope(want_q, pos, theta), reference.rope(want_k, pos, theta)
+
+    def unpack(buffer: Any) -> np.ndarray:
+        pairs = device.read(buffer, np.float16, packed.shape[1:])
+        assert not pairs[:, :, half:].any()
+        pairs = pairs[:, :, :half]
+        return np.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1).transpose(1, 0, 2)
+
+    got_k, got_v = unpack(keys), unpack(values)
+    written = slice(pos, pos + n_tokens)
+    # As of attention's cache: a rotation, the table's own rounding, then half an ulp of f16.
+    size = np.abs(y).max()
+    assert_close(got_k[written], want_k, 2.0**-11 * np.abs(want_k) + 2.0**-24 + 12 * F32 * size)
+    assert_close(got_v[written], want_v, 2.0**-11 * np.abs(want_v) + 2.0**-24)
+    untouched = np.ones(max_pos, bool)
+    untouched[written] = False
+    assert (got_k[untouched] == past[0][untouched]).all()
+    assert (got_v[untouched] == past[1][untouched]).all()
+
+    # As test_rope_cache_and_attention derives it.
+    want = reference.attention(want_q, got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    n_pos = pos + n_tokens
+    largest = np.abs(got_v[:n_pos]).max()
+    score_per_query = np.abs(got_k[:n_pos]).max() * head_dim**0.5
+    score = np.abs(want_q).max() * score_per_query
+    error = 12 * size * score_per_query + (head_dim + 4) * score
+    error = 2 * largest * F32 * (error + 2 * (3 + 2 * score) + 2 * n_pos + 64)
+    parts = device.read(partial, np.float32, nothing.shape)
+    assert np.isnan(parts[n_tokens:]).all()
+    got = read_activations(device, out, room, 1, n_heads * head_dim)
+    check_quantized(assert_close, {key: v[:n_tokens] for key, v in got.items()}, want, 1, error)
