@@ -196,9 +196,7 @@ def dequantize(m: CodedMatrix) -> npt.NDArray[np.float32]:
     return w
 
 
-def entry_points(
-    m: CodedMatrix, columns: Sequence[int]
-) -> tuple[npt.NDArray[np.uint32], IntArray]:
+def entry_points(m: CodedMatrix, columns: Sequence[int]) -> tuple[npt.NDArray[np.uint32], IntArray]:
     """Where a decoder can enter each row at `columns`: 0, then rising multiples of QUAD.
 
     Returns (bit position from the row's start) << P | state, u32 (columns, rows); and the bit at

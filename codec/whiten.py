@@ -77,16 +77,14 @@ def _factor(hessian: npt.NDArray[np.floating], damping: float) -> Floats:
     mean = np.trace(h) / len(h)
     h[np.diag_indices_from(h)] += damping * mean if mean > 0 else 1.0
     # Cholesky's factorisation from the last row upwards.
-    r: Floats = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return r
+    return np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1].astype(np.float64)
 
 
 def _inverse(r: Floats) -> Floats:
     """Of an upper triangular matrix, by halves: a sixth of what np.linalg.inv does."""
     n = len(r)
     if n <= _BLOCK:
-        small: Floats = np.linalg.inv(r)
-        return small
+        return np.linalg.inv(r).astype(np.float64)
     half = n // 2
     u = np.zeros((n, n))
     u[:half, :half] = _inverse(r[:half, :half])

@@ -42,10 +42,11 @@ def sample_tokens(
     """(n_sequences, length) tokens that the model writes; `progress(positions done, length)`.
 
     Texts begin after what separates them in training, BOS or else end of text, every second one
-    instead with the next of `openings`; and go on as the model likes, past an end of text too. At temperature 1 the default model writes questions
-    and answers on all sorts of things, articles, stories, lists and code, now and then a foreign
-    language or a table of noise. At 0.8 texts are smoother, and worse for calibration; so are chats
-    that the template opens, which begin all alike.
+    instead with the next of `openings`; and go on as the model likes, past an end of text too. At
+    temperature 1 the default model writes questions and answers on all sorts of things, articles,
+    stories, lists and code, now and then a foreign language or a table of noise. At 0.8 texts are
+    smoother, and worse for calibration; so are chats that the template opens, which begin all
+    alike.
     """
     c = source.config
     rng = np.random.default_rng(seed)
