@@ -7,14 +7,16 @@ prompt, errors) goes to stderr.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
+import json
 import math
 import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import EngineError
 from weights.bits import parse_bits
@@ -24,13 +26,22 @@ if TYPE_CHECKING:
     from engine.generate import Stats
     from engine.tokenizer import Tokenizer
 
-COMMANDS = """\
+COMMANDS = '''\
 /help           this list
 /reset          forget the conversation; the system prompt stays
+/retry          another answer to the last message
+/undo           forget the last message and its answer
+/edit TEXT      say TEXT in place of the last message
 /system [TEXT]  set the system prompt, from the next message on; without TEXT: take it away
+/set NAME=VALUE temperature, top_k, top_p, min_p, seed or max_tokens; without NAME: show them
+/save FILE      write the conversation, with all that the model has read of it
+/load FILE      go on with a conversation that was saved
 /stats          the model, the last answer's statistics, the length of the conversation
 /exit           leave, as Ctrl-D does
-Ctrl-C stops an answer. To send a message that starts with /, put a space before it."""
+Ctrl-C stops an answer. To send a message that starts with /, put a space before it. Alt-Enter
+begins a new line; so does Enter in a message between """ and """.'''
+
+_QUOTES = '"""'  # around a message of several lines
 
 # C0 but newline and tab, DEL, C1. Without them no escape sequence can begin.
 _CONTROLS = dict.fromkeys(c for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t")
@@ -73,12 +84,45 @@ class Conversation:
             ids = self._encode(self.turns, message)[1]
         return ids, n_turns - len(self.turns)
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all that was said, up to the last answer."""
+        return len(self._read[1]) if self._read and self.turns else 0
+
+    def undo(self) -> str | None:
+        """Forgets the last turn; returns its message, None if there is none."""
+        if not self.turns:
+            return None
+        message, _ = self.turns.pop()
+        self._read = None
+        if self.turns:  # what the model has read ends with the answer before
+            before, answer = self.turns[-1]
+            text, ids = self._encode(self.turns[:-1], before)
+            self._read = text + answer, ids + self.tokenizer.encode(answer)
+        return message
+
     def add(self, message: str, answer: str, answer_ids: list[int]) -> None:
         """Keeps a turn. One without an answer is forgotten: it would teach the model silence."""
         if self.tokenizer.chat_template is not None and answer:
             text, ids = self._encode(self.turns, message)
             self._read = text + answer, ids + answer_ids
             self.turns.append((message, answer))
+
+    def to_json(self) -> str:
+        return json.dumps({"system": self.system, "turns": self.turns, "read": self._read})
+
+    def from_json(self, text: str) -> None:
+        """Take the place of this conversation; EngineError, with nothing changed, if it is none."""
+        try:
+            saved = json.loads(text)
+            system, read = saved["system"], saved["read"]
+            turns = [(str(message), str(answer)) for message, answer in saved["turns"]]
+            read = read and (str(read[0]), [int(token) for token in read[1]])
+        except (ValueError, TypeError, LookupError):
+            raise EngineError(
+                "a session, but of no chat: it was saved by another program"
+            ) from None
+        self.system, self.turns, self._read = system, turns, read
 
     def _encode(self, turns: list[tuple[str, str]], message: str) -> tuple[str, list[int]]:
         """Prompt of `turns` and `message` as (text, token ids).
@@ -111,6 +155,7 @@ class Chat:
     sampling: Sampling
     conversation: Conversation
     show_stats: bool = True
+    slide: bool = False  # where the context is full, an answer goes on without its middle
     _last_stats: str = "no answer yet"
 
     def greet(self) -> None:
@@ -122,16 +167,19 @@ class Chat:
             if self.conversation.system:
                 say("the system prompt is not used")
 
+    def count(self, typed: str) -> str:
+        """How full the context is, with what is typed."""
+        n = self.conversation.n_tokens + len(self.engine.tokenizer.encode(typed))
+        return f"{n} of {self.engine.context} tokens"
+
     def describe(self) -> str:
         """Model, adapter and sizes, in two lines."""
-        engine, memory = self.engine, self.engine.memory()
+        engine = self.engine
         bits = engine.weights.bits_per_weight(block_only=False)
-        sizes = memory.total_bytes, memory.weights_bytes, memory.cache_bytes, memory.scratch_bytes
-        total, weights, cache, scratch = (f"{size / 1e6:,.1f}" for size in sizes)
         return (
             f"{self.name}: {engine.config.n_params / 1e6:,.1f} M parameters, {bits:.2f} bit/weight,"
             f" context {engine.context} tokens, on {engine.adapter_name}\n"
-            f"memory {total} MB: weights {weights}, cache {cache}, scratch {scratch}"
+            f"memory {engine.memory()}"
         )
 
     def answer(self, message: str) -> int:
@@ -146,24 +194,23 @@ class Chat:
         if n_left_out:
             say(f"the context is full: the oldest {_count(n_left_out, 'turn')} left out from here")
 
-        tty = sys.stdout.isatty()
+        out = answer_writer()
         stream = self.engine.tokenizer.stream()
         ids, text, interrupted = [], "", False
         max_tokens = self.conversation.max_tokens
-        generation = self.engine.generate(prompt, max_tokens, self.sampling)
+        generation = self.engine.generate(prompt, max_tokens, self.sampling, slide=self.slide)
         try:
             for token in generation:
                 piece = stream.push(token)
                 ids.append(token)
                 text += piece
-                print(piece.translate(_CONTROLS) if tty else piece, end="", flush=True)
+                out.push(piece)
         except KeyboardInterrupt:
             interrupted = True
         finally:
             generation.close()
-            if text and not text.endswith("\n"):
-                print(flush=True)
-            elif interrupted:
+            out.close()
+            if interrupted and (not text or text.endswith("\n")):
                 print(file=sys.stderr)  # ends the line on which the terminal put its ^C
         self.conversation.add(message, text, ids)
 
@@ -174,6 +221,11 @@ class Chat:
             say(f"the context of {self.engine.context} tokens is full: the answer ends here")
         elif stats.finish_reason == "length":
             say(f"stopped after {_count(max_tokens, 'token')} (-n)")
+        if stats.slides:
+            say(
+                f"the context was full {_count(stats.slides, 'time')}: its beginning and latest "
+                "half were read again, what stood between was forgotten"
+            )
         self._last_stats = _figures(stats, self.engine.context)
         if self.show_stats:
             say(self._last_stats)
@@ -191,15 +243,81 @@ class Chat:
             case "/reset":
                 self.conversation.turns.clear()
                 say("the conversation is forgotten")
+            case "/retry" | "/undo" | "/edit":
+                self.again(name, text)
+            case "/set":
+                self.set(text)
             case "/system":
                 self.conversation.system = text or None
                 say(f"system prompt: {text}" if text else "the system prompt is taken away")
+            case "/save" | "/load":
+                self.keep(name, text)
             case "/stats":
                 turns = _count(len(self.conversation.turns), "turn")
                 say(f"{self.describe()}\n{self._last_stats}\nconversation of {turns}")
             case _:
                 say(f"unknown command {name}; /help lists them")
         return True
+
+    def again(self, name: str, text: str) -> None:
+        """/undo takes back the last turn; /retry and /edit TEXT then answer it, or TEXT, anew."""
+        if name == "/edit" and not text:
+            say("/edit TEXT says TEXT in place of the last message")
+            return
+        message = self.conversation.undo()
+        if message is None:
+            say("there is no message to take back")
+        elif name == "/undo":
+            turns = _count(len(self.conversation.turns), "turn")
+            say(f"forgotten: {message}\n{turns} left")
+        else:
+            # The same seed would draw the same answer.
+            seed = (self.sampling.seed + 1) % 2**32
+            self.sampling = dataclasses.replace(self.sampling, seed=seed)
+            self.answer(text or message)
+
+    def set(self, text: str) -> None:
+        """NAME=VALUE, of how tokens are drawn or how many; nothing: says what is set."""
+        values = {**vars(self.sampling), "max_tokens": self.conversation.max_tokens}
+        name, _, number = (part.strip() for part in text.partition("="))
+        name = name.replace("-", "_")
+        if not text:
+            say("  ".join(f"{name}={value}" for name, value in values.items()))
+            return
+        if name not in values:
+            say(f"{name}: cannot be set; {', '.join(values)} can")
+            return
+        kind = type(values[name])
+        try:
+            value = kind(number)
+            if name == "max_tokens":
+                if value < 1:
+                    raise EngineError(f"max_tokens is {value}, expected at least 1")
+                self.conversation.max_tokens = value
+            else:
+                self.sampling = dataclasses.replace(self.sampling, **{name: value})
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            say(f"{name}: expected {expected}, found {number!r}")
+        except EngineError as error:
+            say(str(error))
+        else:
+            say(f"{name}={value}")
+
+    def keep(self, name: str, path: str) -> None:
+        """/save or /load."""
+        talk = self.conversation
+        try:
+            if not path:
+                raise EngineError(f"{name} needs the name of a file")
+            if name == "/save":
+                n_tokens = self.engine.save_session(path, talk.to_json())
+                say(f"saved: {_count(n_tokens, 'token')} in {path}")
+            else:
+                talk.from_json(self.engine.load_session(path))
+                say(f"loaded: a conversation of {_count(len(talk.turns), 'turn')}")
+        except EngineError as error:  # the conversation goes on as it was
+            say(f"error: {error}", dim=False)
 
     def loop(self, read_line: Callable[[], str]) -> int:
         """Talks until the user leaves; `read_line` raises at Ctrl-C and Ctrl-D as input() does."""
@@ -217,7 +335,14 @@ class Chat:
                 say("Ctrl-C once more leaves")
                 continue
             warned = False
-            if line.startswith("/"):
+            if line.startswith(_QUOTES):
+                try:
+                    self.answer(_quoted(line, read_line))
+                except EOFError:
+                    return 0
+                except KeyboardInterrupt:
+                    say("the message is dropped")
+            elif line.startswith("/"):
                 if not self.command(line):
                     return 0
             elif line.strip():
@@ -232,14 +357,71 @@ def say(text: str, dim: bool = True) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def line_reader() -> Callable[[], str]:
-    """Reads the user's lines, with editing and a history where the terminal can do that."""
+def _quoted(line: str, read_line: Callable[[], str]) -> str:
+    """A message that begins with three quotes and goes on to a line that ends with them."""
+    lines = [line.removeprefix(_QUOTES)]
+    while not lines[-1].rstrip().endswith(_QUOTES):
+        lines.append(read_line())
+    return "\n".join([*lines[:-1], lines[-1].rstrip().removesuffix(_QUOTES)]).strip("\n")
+
+
+class Writer(Protocol):
+    """Where an answer goes, piece by piece."""
+
+    def push(self, piece: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PlainWriter:
+    """Text as it is; on a terminal without control characters. It ends with a whole line."""
+
+    def __init__(self) -> None:
+        self._tty = sys.stdout.isatty()
+        self._ends_line = True
+
+    def push(self, piece: str) -> None:
+        print(piece.translate(_CONTROLS) if self._tty else piece, end="", flush=True)
+        self._ends_line = piece.endswith("\n") if piece else self._ends_line
+
+    def close(self) -> None:
+        if not self._ends_line:
+            print(flush=True)
+
+
+class MarkdownWriter:
+    """Markdown on a terminal that shows colours."""
+
+    def __init__(self) -> None:
+        from engine.markdown import MarkdownStream
+
+        self._stream = MarkdownStream(sys.stdout)
+
+    def push(self, piece: str) -> None:
+        self._stream.push(piece.translate(_CONTROLS))
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def answer_writer() -> Writer:
+    plain = _plain() or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    return PlainWriter() if plain else MarkdownWriter()
+
+
+def line_reader(note: Callable[[str], str] | None = None) -> Callable[[], str]:
+    """Reads the user's lines, with editing and a history where the terminal can do that.
+
+    `note` makes, of what is typed so far, a line that stands below it.
+    """
     if _plain():
         return _plain_line
     from platformdirs import user_state_path
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
+    from prompt_toolkit.styles import Style
 
     history: History
     try:
@@ -249,7 +431,28 @@ def line_reader() -> Callable[[], str]:
         history = FileHistory(str(path))
     except OSError:  # a home that cannot be written costs the history, not the chat
         history = InMemoryHistory()
-    session: PromptSession[str] = PromptSession(history=history, output=create_output(sys.stderr))
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    def toolbar() -> str | None:
+        return note(session.default_buffer.text) if note else None
+
+    session: PromptSession[str] = PromptSession(
+        history=history,
+        output=create_output(sys.stderr),
+        multiline=True,
+        prompt_continuation="  ",
+        key_bindings=keys,
+        bottom_toolbar=toolbar if note else None,
+        style=Style.from_dict({"bottom-toolbar": "noreverse dim"}),
+    )
 
     def edited_line() -> str:
         while True:
@@ -286,9 +489,12 @@ def _figures(stats: Stats, context: int) -> str:
     n_new = n_prompt - stats.reused_tokens
     # The first token's time is the prompt's; a stop token took time but is none of the answer's.
     n_steps = n_answer - (stats.finish_reason != "stop")
+    guessed = ""
+    if stats.drafted_tokens:
+        guessed = f" guessed {stats.drafted_tokens}, {stats.accepted_tokens} right;"
     return (
         f"prompt {_count(n_prompt, 'token')}, {n_new} new{_rate(n_new, stats.prompt_seconds)};"
-        f" answer {_count(n_answer, 'token')}{_rate(n_steps, stats.generate_seconds)};"
+        f" answer {_count(n_answer, 'token')}{_rate(n_steps, stats.generate_seconds)};{guessed}"
         f" context {min(n_prompt + n_answer, context)} of {context}"
     )
 
@@ -315,16 +521,23 @@ def _within(kind: type[float], low: float, high: float = 2**32 - 1) -> Callable[
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="answer",
+        prog="answer chat",
         description="Chat with a language model whose weights stay entropy-coded in GPU memory.",
         epilog='example: answer -p "Why is the sky blue?" -n 200',
     )
     add = parser.add_argument
     count = _within(int, 1)
-    add("--model", default="smollm2", help="weights file or name of a model (%(default)s)")
+    model = "weights file or name of a model (smollm2)"
+    add("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=model)
+    add("--model", default="smollm2", metavar="MODEL", help="the same")
     add("--bits", type=parse_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=count, metavar="N", help="tokens of prompt and answer together")
+    overflow = (
+        "full context: end the answer (stop), or read its latest half again and go on (slide)"
+    )
+    add("--overflow", choices=("stop", "slide"), default="stop", help=overflow)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
+    add("--draft", metavar="MODEL", help="a smaller model of the same family that guesses for it")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")
     add("-p", "--prompt", help="answer this and leave; - reads stdin, as a pipe without -p does")
     add("-s", "--system", metavar="TEXT", help="system prompt")
@@ -362,12 +575,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed = secrets.randbits(32) if args.seed is None else args.seed
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, seed)
         engine = Engine.open(
-            args.model, exact=args.exact, context=args.context, adapter=args.adapter, bits=args.bits
+            args.model,
+            exact=args.exact,
+            context=args.context,
+            adapter=args.adapter,
+            bits=args.bits,
+            draft=args.draft,
         )
         talk = Conversation(engine.tokenizer, engine.context, args.max_tokens, args.system)
-        chat = Chat(engine, args.model, sampling, talk, not args.no_stats)
+        chat = Chat(engine, args.model, sampling, talk, not args.no_stats, args.overflow == "slide")
         chat.greet()
-        return chat.loop(line_reader()) if prompt is None else chat.answer(prompt)
+        return chat.loop(line_reader(chat.count)) if prompt is None else chat.answer(prompt)
     except EngineError as error:
         say(f"error: {error}", dim=False)
         return 1

@@ -52,10 +52,11 @@ def histogram(w: npt.NDArray[np.float32], units: npt.NDArray[np.floating]) -> Hi
     spread = float(np.sqrt(np.mean((root_mean_squares(w) / divisor) ** 2))) or 1.0
     bins_per_unit = (_BINS / (divisor * spread)).astype(np.float32)
     middle = _REACH * _BINS
-    order = np.argsort(np.abs(w).mean(axis=1) / divisor, kind="stable")
+    size = max(1, _CHUNK_WEIGHTS // cols)
+    means = [np.abs(w[i : i + size]).mean(axis=1) for i in range(0, rows, size)]
+    order = np.argsort(np.concatenate(means) / divisor, kind="stable")
     groups = np.split(order, np.cumsum(classes.units(rows, _GROUPS))[:-1])
     below = np.zeros((len(groups), 2 * middle + 2), np.uint32)
-    size = max(1, _CHUNK_WEIGHTS // cols)
     for of_group, members in zip(below, groups, strict=True):
         for start in range(0, members.size, size):
             chunk = members[start : start + size]
@@ -125,9 +126,13 @@ def row_steps(units: npt.NDArray[np.floating], c: float) -> ScaleLog2:
 def quantize(w: npt.NDArray[np.float32], steps: ScaleLog2) -> npt.NDArray[np.int32]:
     """round(w / step), ties to even: (rows, cols) and (rows,) -> (rows, cols). Step 0 gives 0."""
     step = scale.to_scale(steps)
-    q = w / np.where(step > 0, step, np.inf).astype(np.float32)[:, None]
-    np.rint(q, out=q)
-    return q.astype(np.int32)
+    divisor = np.where(step > 0, step, np.inf).astype(np.float32)[:, None]
+    q = np.empty(w.shape, np.int32)
+    size = max(1, _CHUNK_WEIGHTS // w.shape[1])
+    for i in range(0, len(w), size):
+        rows = slice(i, i + size)
+        q[rows] = np.rint(w[rows] / divisor[rows])
+    return q
 
 
 def _bell_bits(sigma: float) -> float:

@@ -1,12 +1,14 @@
 """How fast a model runs here: prompt and generation speed, bytes read, the share of the host.
 
-    python -m engine.bench
-    python -m engine.bench model.safetensors --pp 128 512 --tg 128 --depth 0 1024
+    answer bench
+    answer bench model.safetensors --pp 128 512 --tg 128 --depth 0 1024
+    answer bench --pp --tg --speculation --draft small.safetensors
 
 Rows are named as llama-bench names them: ppN is a prompt of N tokens, tgN the generation of N
 tokens after an (almost) empty context, tgN@dD the same after D tokens. Tokenizing is not part of
 any row; greedy sampling is. Medians over repeats, after the device has worked for half a second:
-an idle GPU runs at a third of its clock. The last line of stdout is the same as JSON.
+an idle GPU runs at a third of its clock. These rows take single steps; --speculation adds tasks
+that are answered with and without guessing, in turns. The last line of stdout is the same as JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +32,33 @@ from weights.cache import DEFAULT_MODEL
 
 _WARM_UP_SECONDS = 0.5
 
+_PROSE = (
+    "The harbour was quiet that morning. Anna had counted eleven boats before breakfast, and none "
+    "of them had moved. Her brother said that the wind would turn by noon, but he had said the "
+    "same on Monday, and on Tuesday the boats were still there, with their sails rolled up."
+)
+_CODE = """\
+def read_prices(path):
+    prices = {}
+    with open(path) as file:
+        for line in file:
+            name, price = line.split(",")
+            prices[name.strip()] = float(price)
+    return prices
+
+def total(prices, basket):
+    result = 0.0
+    for name, count in basket.items():
+        result += prices[name] * count
+    return result
+"""
+# What a user asks: two answers that stand in the question for the most part, and one that does not.
+TASKS = {
+    "quote": f"Repeat the following text word for word.\n\n{_PROSE}",
+    "edit": f"Rename the function total to cost and print the whole file again.\n\n{_CODE}",
+    "write": "Write a short story about a lighthouse.",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -43,6 +72,20 @@ class Row:
     weight_gb_per_second: float | None = None
     gweights_per_second: float | None = None
     host_share: float | None = None  # of a step's time; also None where a GPU has no timestamps
+
+
+@dataclass(frozen=True)
+class SpeculationRow:
+    """One task, greedily answered by single steps and with drafts."""
+
+    task: str
+    answer_tokens: int
+    tokens_per_second: float  # medians of the repeats
+    single_step_tokens_per_second: float
+    checks: int
+    drafted_tokens: int
+    accepted_tokens: int
+    same_text: bool  # only ties within rounding make it another
 
 
 def bench(
@@ -66,6 +109,40 @@ def bench(
     for depth in depths:
         prompt = _random_tokens(engine, rng, _start(depth))
         rows += [_generation_row(engine, prompt, depth, n, repeats) for n in tg]
+    return rows
+
+
+def bench_speculation(engine: Engine, max_tokens: int, repeats: int) -> list[SpeculationRow]:
+    """A row for each of TASKS; each is answered once more before, for the engine to learn from."""
+    rows = []
+    for name, task in TASKS.items():
+        tokenizer, text = engine.tokenizer, task
+        if tokenizer.chat_template is not None:
+            text = tokenizer.chat_prompt([{"role": "user", "content": task}])
+        prompt = tokenizer.encode(text)
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        answers = {}
+        for repeat in range(repeats + 1):
+            for speculate in (False, True):
+                generation = engine.generate(prompt, max_tokens, speculate=speculate)
+                answers[speculate] = list(generation)
+                stats = generation.stats
+                # The first token is the prompt's; a stop token took time and is not counted.
+                n_steps = stats.generated_tokens - (stats.finish_reason != "stop")
+                if repeat and n_steps:
+                    rates[speculate].append(n_steps / stats.generate_seconds)
+        rows.append(
+            SpeculationRow(
+                name,
+                len(answers[True]),
+                statistics.median(rates[True] or [0.0]),
+                statistics.median(rates[False] or [0.0]),
+                stats.checks,
+                stats.drafted_tokens,
+                stats.accepted_tokens,
+                answers[True] == answers[False],
+            )
+        )
     return rows
 
 
@@ -112,7 +189,7 @@ def _random_tokens(engine: Engine, rng: np.random.Generator, n: int) -> list[int
 
 
 def _generate(engine: Engine, prompt: list[int], max_tokens: int) -> Stats:
-    generation = engine.generate(prompt, max_tokens, stop_ids=())
+    generation = engine.generate(prompt, max_tokens, stop_ids=(), speculate=False)
     for _ in generation:
         pass
     return generation.stats
@@ -173,13 +250,35 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _speculation_markdown(rows: list[SpeculationRow]) -> str:
+    lines = [
+        "| task | tokens | tokens/s | single steps | times | checks | drafted | accepted | text |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        plain = row.single_step_tokens_per_second
+        cells = [
+            row.task,
+            f"{row.answer_tokens}",
+            f"{row.tokens_per_second:.1f}",
+            f"{plain:.1f}",
+            _cell(row.tokens_per_second / plain if plain else None, "{:.2f}"),
+            f"{row.checks}",
+            f"{row.drafted_tokens}",
+            f"{row.accepted_tokens}",
+            "the same" if row.same_text else "differs",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(value: float | None, form: str, unit: float = 1) -> str:
     return "" if value is None else form.format(value * unit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m engine.bench",
+        prog="answer bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -194,14 +293,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--context", type=int, metavar="N", help="positions to make room for")
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
+    add("--speculation", action="store_true", help="tasks with and without guessed tokens")
+    add("--draft", metavar="MODEL", help="a smaller model that guesses for this one")
     a = parser.parse_args(arguments)
     if min([a.repeats, *a.pp]) < 1 or min(a.tg, default=2) < 2 or min(a.depth, default=0) < 0:
         parser.error("--repeats and --pp take 1 or more, --tg 2 or more, --depth 0 or more")
     try:
         engine = Engine.open(
-            a.model, exact=a.exact, context=a.context, adapter=a.adapter, bits=a.bits
+            a.model,
+            exact=a.exact,
+            context=a.context,
+            adapter=a.adapter,
+            bits=a.bits,
+            draft=a.draft,
         )
         rows = bench(engine, a.pp, a.tg, a.depth, a.repeats)
+        tasks = bench_speculation(engine, 200, a.repeats) if a.speculation else []
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -210,7 +317,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = _describe(engine)
     print(_markdown(about, rows))
     print()
-    print(json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}))
+    if tasks:
+        print(_speculation_markdown(tasks))
+        print()
+    about["rows"] = [dataclasses.asdict(row) for row in rows]
+    about["speculation"] = [dataclasses.asdict(task) for task in tasks]
+    print(json.dumps(about))
     return 0
 
 

@@ -1,8 +1,8 @@
 """The matvec by itself: shapes of well-known models, coded beside uncompressed, on one device.
 
 Part of `python -m engine.bench` (--kernels). Every kernel runs over as many copies of its matrix as
-the cache cannot hold, one after another in one compute pass with a barrier each, as in a token step;
-medians over passes. The uncompressed kernels are tuned for each shape: the best of several
+the cache cannot hold, one after another in one compute pass with a barrier each, as in a token
+step; medians over passes. The uncompressed kernels are tuned for each shape: the best of several
 workgroup shapes is shown.
 """
 
@@ -80,9 +80,7 @@ def bench_kernels(
             gpus = [GpuMatrix(kernels, f"w{i}", m, n_segments=n_segments) for i in range(copies)]
             for n in tokens:
                 x, y = _activations(device, n, cols), gpus[0].output("y", n)
-                dispatches = [
-                    d for gpu in gpus for d in gpu.matvec(x, y, tokens=n, digits=1)
-                ]
+                dispatches = [d for gpu in gpus for d in gpu.matvec(x, y, tokens=n, digits=1)]
                 first = gpus[0]
                 cut = f"{first.splits} x {first.segments_per_group} segments"
                 yield _row("matvec", first.read_bytes, cut, rows, cols, n, device, dispatches)

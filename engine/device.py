@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import wgpu
 from wgpu.backends.wgpu_native import GPUShaderModule, _api
 from wgpu.backends.wgpu_native.extras import set_instance_extras
 
-from engine.errors import DeviceError
+from engine.errors import DeviceError, OutOfMemoryError
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
@@ -27,6 +28,7 @@ _RAISED_LIMITS = (
     "max-compute-workgroup-size-x",
     "max-compute-workgroup-size-y",
 )
+_MOST_BUFFERS = 13  # of a kernel; without that many there are no launches that do two things
 _PREFERENCE = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 3}  # anything else: 2
 
 # Without it Vulkan's window system layer, which nothing here uses, complains on stderr.
@@ -78,11 +80,15 @@ class Device:
         self.name = adapter_name(adapter)
         self.software = adapter.info["adapter_type"] == "CPU"
         self.timestamps = "timestamp-query" in adapter.features
+        # Whether a barrier for storage orders what the whole device sees: shaders/shared/last.wgsl.
+        self.fences = adapter.info["backend_type"] == "Vulkan"
         # Of no use to a CPU, whose vectors would hold half as many.
         self.int64 = "shader-int64" in adapter.features and not self.software
         self.allocated_bytes = 0
         limits = {name: adapter.limits[name] for name in _RAISED_LIMITS}
-        limits["max-storage-buffers-per-shader-stage"] = 8  # WebGPU's default; no kernel has more
+        buffers = "max-storage-buffers-per-shader-stage"  # 8 are WebGPU's default
+        limits[buffers] = min(adapter.limits[buffers], _MOST_BUFFERS)
+        self.fences &= limits[buffers] == _MOST_BUFFERS
         try:
             self.wgpu = adapter.request_device_sync(
                 required_features=["timestamp-query"] * self.timestamps
@@ -103,6 +109,15 @@ class Device:
     def open(cls, wanted: str | None = None) -> Device:
         return cls(choose_adapter(wanted))
 
+    def free_bytes(self) -> int | None:
+        """Memory that is left, None where nobody tells: wgpu does not, a CPU's is the host's."""
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines() if self.software else []
+        except OSError:  # not on Linux
+            return None
+        sizes = dict(line.split(":") for line in lines)
+        return 1024 * int(sizes["MemAvailable"].split()[0]) if "MemAvailable" in sizes else None
+
     def empty(self, label: str, size_bytes: int, usage: int = STORAGE) -> Any:
         """A zeroed buffer."""
         size = max(16, -(-size_bytes // 16) * 16)
@@ -116,7 +131,7 @@ class Device:
         try:
             buffer = self.wgpu.create_buffer(label=label, size=size, usage=usage)
         except wgpu.GPUError as error:
-            raise DeviceError(
+            raise OutOfMemoryError(
                 f"{self.name}: no room for {label} ({size / 2**20:.0f} MiB beside the "
                 f"{self.allocated_bytes / 2**20:.0f} MiB already in use): {error}"
             ) from error

@@ -13,6 +13,10 @@ class DeviceError(EngineError):
     """No usable adapter, or the adapter cannot hold what was asked of it."""
 
 
+class OutOfMemoryError(DeviceError):
+    """An allocation that the adapter refused."""
+
+
 class WeightsError(EngineError):
     """A weights file or a source model that cannot be read, is damaged, or is of the wrong kind."""
 

@@ -1,7 +1,7 @@
 """How much of a model's quality weights files keep, measured on a text against a reference.
 
-    python -m engine.evaluate smollm2 --bits 3,4,5 --reference smollm2 --text book.txt
-    python -m engine.evaluate a.safetensors b.safetensors --reference smollm2 --text book.txt
+    answer evaluate smollm2 --bits 3,4,5 --reference smollm2 --text book.txt
+    answer evaluate a.safetensors b.safetensors --reference smollm2 --text book.txt
 
 The reference is another weights file, run by the engine in exact mode, or a model before its
 conversion, run in float32 by the numpy oracle. The text is cut into windows that do not see each
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m engine.evaluate",
+        prog="answer evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from engine.device import Device, Readback
-from engine.errors import EngineError
-from engine.plan import gpu_seconds, run
+from engine.errors import EngineError, OutOfMemoryError
+from engine.generation import Generation, Stats
+from engine.memory import Memory, check_room, no_room
+from engine.plan import Plan, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
+from engine.session import load_session, save_session
+from engine.speculate import LOOKUP, Chance, Draft, Lookup, Policy
 from engine.tokenizer import Tokenizer
-from model.llama import Llama
+from model.kv_cache import KVCache
+from model.llama import CHECK_TOKENS, Llama
 from weights.bits import Bits
 from weights.cache import resolve
 from weights.store import WeightsFile
@@ -23,29 +26,7 @@ from weights.store import WeightsFile
 DEFAULT_CONTEXT = 4096
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the device."""
-
-    weights_bytes: int
-    cache_bytes: int
-    scratch_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.scratch_bytes
-
-
-@dataclass
-class Stats:
-    """What one generation took. The first answer token counts as the prompt's time."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0  # of the prompt: already in the cache
-    prompt_seconds: float = 0.0
-    generated_tokens: int = 0
-    generate_seconds: float = 0.0
-    finish_reason: str | None = None  # "stop", "length", "context"; None: unfinished
+__all__ = ["Engine", "Generation", "Memory", "Stats"]
 
 
 class Engine:
@@ -58,6 +39,7 @@ class Engine:
         *,
         exact: bool = False,
         context: int | None = None,
+        draft: WeightsFile | None = None,
     ) -> None:
         self.weights = weights
         self.config = weights.config
@@ -71,27 +53,43 @@ class Engine:
                 f"context is {self.context}, this model works with 1 to {limit} positions"
             )
         self.tokenizer = Tokenizer(weights.tokenizer_json, weights.chat_template, self.config)
+        if draft is not None:
+            self._check_draft(draft)
+        check_room(weights, device, self.context, exact)
         before = device.allocated_bytes
-        self._model = Llama(device, weights, self.context, exact=exact)
+        try:
+            self._model = Llama(device, weights, self.context, exact=exact)
+        except OutOfMemoryError as error:
+            room = device.allocated_bytes - before  # what it gave till then
+            raise no_room(weights, device, self.context, exact, room) from error
         weights.release_pages()  # they are on the device now
         self._sampler = Sampler(
             self._model.kernels,
             self._model.state,
             self._model.logits.buffer,
             self.config.vocab_size,
+            check=CHECK_TOKENS,
         )
-        step = (self._model.layers[1], self._model.last_head[1], self._sampler.plan)
-        self._step = step
+        layers, heads = self._model.layers, self._model.heads
+        self._step = layers[1], self._model.last_head[1], self._sampler.plan
+        self._check_pass = {n: (layers[n], heads[n], self._sampler.check[n]) for n in CHECK_TOKENS}
         # A fast GPU is kept busy by several tokens a submit and one submit ahead; on a software
         # adapter a token takes so long that this would only delay it.
         self._tokens_per_submit = 1 if device.software else 8
         self._submits_ahead = 0 if device.software else 1
         # Tokens of a prompt that are queued at once: Ctrl-C is heard between such batches.
         self._tokens_ahead = 0 if device.software else 512
-        self._readbacks = [Readback(device, f"readback.{i}", 4 * RING) for i in range(2)]
+        self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
+        self._lookup = Lookup()
+        self._policy = Policy(CHECK_TOKENS)
+        self._draft: Engine | None = None
+        self._draft_chance = Chance(1.2)
+        if draft is not None:
+            room = min(self.context, draft.config.max_seq_len)
+            self._draft = Engine(draft, device, exact=exact, context=room)
 
     @classmethod
     def open(
@@ -102,18 +100,23 @@ class Engine:
         context: int | None = None,
         adapter: str | None = None,
         bits: Bits | None = None,
+        draft: str | Path | None = None,
     ) -> Self:
         """`model`: a weights file, or a source that is converted to `bits` on first use.
 
         `exact` computes with f32-like activations instead of int8 ones. `context` is the number of
-        positions to make room for; `adapter` picks one by number or part of its name.
+        positions to make room for; `adapter` picks one by number or part of its name. `draft` is a
+        smaller model with the same tokenizer, whose guesses may make this one faster.
         """
         weights = WeightsFile.open(resolve(model, bits))
-        return cls(weights, Device.open(adapter), exact=exact, context=context)
+        drafts = None if draft is None else WeightsFile.open(resolve(draft))
+        return cls(weights, Device.open(adapter), exact=exact, context=context, draft=drafts)
 
     def memory(self) -> Memory:
+        """Of the model and of the one that drafts for it."""
         used = self._model.weights_bytes, self._model.cache_bytes
-        return Memory(*used, self._allocated_bytes - sum(used))
+        own = Memory(*used, self._allocated_bytes - sum(used))
+        return own if self._draft is None else own + self._draft.memory()
 
     @property
     def weight_bytes_per_token(self) -> int:
@@ -153,19 +156,70 @@ class Engine:
         max_tokens: int,
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] | None = None,
+        speculate: bool = True,
+        slide: bool = False,
     ) -> Generation:
         """Iterate over at most `max_tokens` ids that follow `token_ids`.
 
         A stop id (by default the model's end-of-sequence ids) ends the iteration and is not part of
-        it. What the cache already holds of the prompt is not computed again.
+        it. What the cache already holds of the prompt is not computed again. `speculate`: guess
+        tokens and check several a pass, where that is faster; the text stays the same, but for
+        ties within rounding. `slide`: where the context is full, go on without the middle of it.
         """
         self._check(token_ids)
         self._stop_active()
         stops = self.config.eos_token_ids if stop_ids is None else stop_ids
         self._active = Generation(
-            self, list(token_ids), max_tokens, sampling or Sampling(), frozenset(stops)
+            self,
+            list(token_ids),
+            max_tokens,
+            sampling or Sampling(),
+            frozenset(stops),
+            speculate,
+            slide,
         )
         return self._active
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """What the cache holds, from position 0 on; a prompt that begins with it is read faster."""
+        return list(self._cached)
+
+    @property
+    def cache(self) -> KVCache:
+        return self._model.cache
+
+    def save_session(self, path: str | Path, note: str = "") -> int:
+        """Write the tokens read so far and the cache of them; returns how many there are.
+
+        The file appears whole or not at all. `note` comes back from `load_session`.
+        """
+        self._stop_active()
+        return save_session(self, Path(path), note)
+
+    def load_session(self, path: str | Path) -> str:
+        """Go on from where `save_session` was called, also with another context or adapter.
+
+        Returns the note. EngineError, with nothing changed, when the file is damaged or of another
+        model or mode, or longer than the context.
+        """
+        tokens, tensors, note = load_session(self, Path(path))
+        self._stop_active()
+        self._cached = []
+        self.cache.write(self.device, tensors)
+        self._cached = tokens
+        return note
+
+    def _check_draft(self, draft: WeightsFile) -> None:
+        """EngineError unless the draft model means the same by every token."""
+        theirs = Tokenizer(draft.tokenizer_json, None, draft.config)
+        sizes = draft.config.vocab_size, self.config.vocab_size
+        if theirs.vocab != self.tokenizer.vocab or sizes[0] > sizes[1]:
+            raise EngineError(
+                f"{draft.path}: cannot draft for {self.weights.path}, as its tokenizer is another "
+                f"(vocabulary of {sizes[0]}, expected the same {sizes[1]} tokens); choose a model "
+                "of the same family"
+            )
 
     def _check(self, token_ids: Sequence[int]) -> None:
         if not 1 <= len(token_ids) <= self.context:
@@ -182,111 +236,84 @@ class Engine:
             self._active.close()
             self._active = None
 
-    def _read_prompt(self, token_ids: list[int], sampling: Sampling) -> int:
-        """Submit the passes of a prompt and of the token after it; returns the tokens reused."""
+    def _read_prompt(self, token_ids: list[int], sampling: Sampling, draw: bool = True) -> int:
+        """Submit the passes of a prompt and of the token after it; returns the tokens reused.
+
+        Without `draw` that token is not drawn, and all of the prompt may be in the cache already.
+        """
         reused = 0
-        for ours, theirs in zip(self._cached, token_ids[:-1], strict=False):
+        for ours, theirs in zip(self._cached, token_ids[:-1] if draw else token_ids, strict=False):
             if ours != theirs:
                 break
             reused += 1
         self._cached = token_ids[:reused]
         self._sampler.configure(sampling)
+        if self._draft is not None:
+            self._draft._sampler.configure(sampling)
         pos = heard = reused
         while pos < len(token_ids):
             chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
             last = pos + len(chunk) == len(token_ids)
-            plans = self._model.read(pos, chunk, sampling.seed, head=last)
-            run(self.device, *plans, *([self._sampler.plan] if last else []))
+            plans = self._model.read(pos, chunk, sampling.seed, head=last and draw)
+            run(self.device, *plans, *([self._sampler.plan] if last and draw else []))
             pos += len(chunk)
             if not last and pos - heard > self._tokens_ahead:
-                self._submit(0).read()
+                self._submit().read()
                 heard = pos
         return reused
 
-    def _submit(self, n_steps: int) -> Readback:
-        """Queue `n_steps` tokens, each the next one's input; the ring of tokens is read back."""
+    def _submit(self, plans: Sequence[Plan] = ()) -> Readback:
+        """Queue one pass over `plans`; then the ring of tokens, and how many went there, come back.
+
+        Plans that draw leave the next one's input on the GPU.
+        """
+        encoder = self.device.wgpu.create_command_encoder()
+        _encode(encoder, plans)
+        return self._finish(encoder)
+
+    def _submit_steps(self, n_steps: int) -> Readback:
+        return self._submit(self._step * n_steps)
+
+    def _finish(self, encoder: Any) -> Readback:
         readback = self._readbacks[0]
         self._readbacks.reverse()
         target = readback.claim()
-        encoder = self.device.wgpu.create_command_encoder()
-        if n_steps:
-            compute_pass = encoder.begin_compute_pass()
-            for _ in range(n_steps):
-                for plan in self._step:
-                    plan.replay(compute_pass)
-            compute_pass.end()
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
+        encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
         self.device.queue.submit([encoder.finish()])
         return readback
 
+    def _submit_check(
+        self, draft: Draft, token: int, sampling: Sampling, n_sampled: int
+    ) -> Readback:
+        """Queue a check of what is to follow `token`, the next input."""
+        pos, n = len(self._cached), draft.n_tokens
+        if draft.source == LOOKUP:
+            tokens = [token, *self._lookup.draft(n - 1)]
+            self._model.write_state(pos, tokens, sampling.seed, n_sampled)
+            return self._submit(self._check_pass[n])
+        assert self._draft is not None
+        if self._draft._cached != self._cached:
+            self._draft._read_prompt(self._cached, sampling, draw=False)
+            self._draft._cached = list(self._cached)
+        drafter = self._draft._model
+        # With the same seed it draws with the same noise: what both find likely, both draw. It
+        # takes a step more than there are drafts, and so has read all of them, if all are right.
+        drafter.write_state(pos, [token], sampling.seed)
+        self._model.write_state(pos, [token] * n, sampling.seed, n_sampled)
+        encoder = self.device.wgpu.create_command_encoder()
+        _encode(encoder, self._draft._step * n)
+        encoder.copy_buffer_to_buffer(
+            self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
+        )
+        _encode(encoder, self._check_pass[n])
+        return self._finish(encoder)
 
-class Generation:
-    """An iterator of token ids. `stats` is up to date at every token; `close` ends it at once."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        token_ids: list[int],
-        max_tokens: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-    ) -> None:
-        self.stats = Stats(prompt_tokens=len(token_ids))
-        self._tokens = self._run(engine, token_ids, max_tokens, sampling, stop_ids)
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        return next(self._tokens)
-
-    def close(self) -> None:
-        self._tokens.close()
-
-    def _run(
-        self,
-        engine: Engine,
-        token_ids: list[int],
-        max_tokens: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-    ) -> Any:
-        # The prompt's own last pass samples the first token; each further token takes one step,
-        # whose input must still have a position.
-        room = engine.context - len(token_ids) + 1
-        wanted = min(max_tokens, room)
-        if wanted < 1:
-            self.stats.finish_reason = "length"
-            return
-        start = time.perf_counter()
-        self.stats.reused_tokens = engine._read_prompt(token_ids, sampling)
-        engine._cached = list(token_ids)
-        pending: list[tuple[Readback, int]] = []  # with its number of new tokens, oldest first
-        submitted = read = previous = 0
-        while read < wanted:
-            while submitted < wanted and len(pending) <= engine._submits_ahead:
-                if submitted == 0:  # the prompt's own: nothing left to compute, to be shown at once
-                    pending.append((engine._submit(0), 1))
-                else:
-                    n = min(engine._tokens_per_submit, wanted - submitted)
-                    pending.append((engine._submit(n), n))
-                submitted += pending[-1][1]
-            readback, n = pending.pop(0)
-            ring = readback.read()
-            for _ in range(n):
-                token = int(ring[read % RING])
-                read += 1
-                now = time.perf_counter()
-                if read == 1:
-                    self.stats.prompt_seconds = now - start
-                    start = now
-                else:
-                    engine._cached.append(previous)  # it was this step's input
-                    self.stats.generate_seconds = now - start
-                if token in stop_ids:
-                    self.stats.finish_reason = "stop"
-                    return
-                self.stats.generated_tokens += 1
-                previous = token
-                yield token
-        self.stats.finish_reason = "length" if wanted == max_tokens else "context"
+def _encode(encoder: Any, plans: Sequence[Plan]) -> None:
+    """One compute pass."""
+    if plans:
+        compute_pass = encoder.begin_compute_pass()
+        for plan in plans:
+            plan.replay(compute_pass)
+        compute_pass.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.kernel import Kernels
 from engine.plan import Plan
 
 RING = 64  # sampled tokens that the GPU holds until the host has read them
+_N_CANDIDATES = 32  # workgroups that share the vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,36 +47,58 @@ class Sampling:
 
 
 class Sampler:
-    """The passes that turn logits into the next pass's token, and the ring that tokens go to."""
+    """The passes that turn logits into the next pass's token, and the ring that tokens go to.
 
-    def __init__(self, kernels: Kernels, state: Any, logits: Any, vocab_size: int) -> None:
+    `plan` draws one token from the logits of a pass's last one. `check[n]` draws one after each of
+    a pass of n and keeps those up to the first that was guessed wrong.
+    """
+
+    def __init__(
+        self, kernels: Kernels, state: Any, logits: Any, vocab_size: int, check: Sequence[int] = ()
+    ) -> None:
         self.device: Device = kernels.device
-        lanes = 128  # sample_threshold keeps 64 bytes a lane in workgroup memory
-        n_candidates = 32  # workgroups that share the vocabulary
+        self._kernels, self._vocab_size = kernels, vocab_size
+        self._state, self._logits = state, logits
+        most = max([1, *check])
         self.settings = self.device.empty("sampling", 16)
-        self.threshold = self.device.empty("sampling.threshold", 4)
-        self.candidates = self.device.empty("sampling.candidates", 8 * n_candidates)
+        self.threshold = self.device.empty("sampling.threshold", 4 * most)
+        self.candidates = self.device.empty("sampling.candidates", 8 * _N_CANDIDATES * most)
         self.sampled = self.device.empty("sampled", 4 * RING)
-        vocab = {"vocab_size": vocab_size}
-        self.plan = Plan(
+        self.plan = self._plan(1)
+        self.check = {rows: self._plan(rows) for rows in check}
+
+    def _plan(self, rows: int) -> Plan:
+        get, lanes = self._kernels.get, 128
+        # One workgroup searches the whole vocabulary, with 68 bytes a lane: on a GPU as many lanes
+        # as there is room for.
+        device, searching = self.device, lanes
+        most = min(device.max_workgroup_lanes, device.workgroup_memory // 68)
+        while not device.software and 2 * searching <= most:
+            searching *= 2
+        vocab = {"vocab_size": self._vocab_size}
+        return Plan(
             [
-                kernels.get("sample_threshold", lanes=lanes).dispatch(
-                    [1], vocab, sampling=self.settings, logits=logits, threshold=self.threshold
-                ),
-                kernels.get("sample_candidates", lanes=lanes).dispatch(
-                    [n_candidates],
-                    {"n_candidates": n_candidates, **vocab},
-                    state=state,
+                get("sample_threshold", lanes=searching).dispatch(
+                    [rows],
+                    vocab,
                     sampling=self.settings,
-                    logits=logits,
+                    logits=self._logits,
+                    threshold=self.threshold,
+                ),
+                get("sample_candidates", lanes=lanes, rows=rows).dispatch(
+                    [_N_CANDIDATES, rows],
+                    {"n_candidates": _N_CANDIDATES, **vocab},
+                    state=self._state,
+                    sampling=self.settings,
+                    logits=self._logits,
                     threshold=self.threshold,
                     candidates=self.candidates,
                 ),
-                kernels.get("sample_token", lanes=lanes).dispatch(
+                get("sample_token", lanes=lanes, rows=rows).dispatch(
                     [1],
-                    {"n_candidates": n_candidates},
+                    {"n_candidates": _N_CANDIDATES},
                     candidates=self.candidates,
-                    state=state,
+                    state=self._state,
                     sampled=self.sampled,
                 ),
             ]

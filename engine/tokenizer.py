@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from engine.errors import EngineError, WeightsError
+from engine.template import render_template
 from model.config import ModelConfig
 
 
@@ -27,7 +23,9 @@ class Tokenizer:
     ) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
-        except Exception as error:  # tokenizers raises nothing more precise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers' own are plain Exceptions; its panics not even
             raise WeightsError(f"tokenizer.json cannot be read: {error}") from None
         top = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if top >= config.vocab_size:
@@ -51,15 +49,25 @@ class Tokenizer:
             if token_id is not None and (token := self._tokenizer.id_to_token(token_id)) is not None
         }
 
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Every token's text and id."""
+        vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return vocab
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens spelled out in it count as such.
 
         A BOS is added only if the model's own post-processor does so, and never to a text that
-        starts with it already, as a chat prompt may.
+        starts with it already, as a chat prompt may. WeightsError: it contradicts itself.
         """
         bos = self._special.get("bos_token")
         starts_with_bos = bos is not None and text.startswith(bos)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids
+        try:
+            encoded = self._tokenizer.encode(text, add_special_tokens=not starts_with_bos)
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise WeightsError(f"tokenizer.json cannot encode a text: {error}") from None
+        ids: list[int] = encoded.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -82,18 +90,21 @@ class Tokenizer:
                 "this model has no chat template; give it plain text to continue instead"
             )
         try:
-            template = _template_environment().from_string(self.chat_template)
             # transformers always passes tools and documents, and templates test them against none.
-            return template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special,
+            return render_template(
+                self.chat_template,
+                {
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": None,
+                    "documents": None,
+                    **self._special,
+                },
             )
         except Exception as error:  # a template is foreign code and raises whatever it likes
             raise EngineError(
-                f"the model's chat template does not accept these messages: {error}"
+                f"the model's chat template does not accept these messages: "
+                f"{' '.join(str(error).split())}"
             ) from None
 
 
@@ -106,20 +117,3 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         return self._decoder.step(self._tokenizer, token_id) or ""
-
-
-def _template_environment() -> jinja2.Environment:
-    """What chat templates are written for (transformers, `chat_template_utils.py`)."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

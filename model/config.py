@@ -1,37 +1,20 @@
-"""Sizes of a model: translated from Hugging Face's words and checked. No tensors here.
+"""Sizes of a model and what its family adds to a Llama, checked. No tensors here.
 
-The names are llama2.c's. The one architecture is Llama as `LlamaForCausalLM` defines it: RMSNorm,
-rotary positions that rotate the halves of a head (i, i + head_dim/2), grouped-query attention,
-SwiGLU, no biases.
+The names are llama2.c's. All is a Llama as `LlamaForCausalLM` defines it: RMSNorm, rotary positions
+that rotate the halves of a head (i, i + head_dim/2), grouped-query attention, SwiGLU. What other
+families do otherwise are fields whose defaults mean a plain Llama.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from engine.errors import ConfigError
-
-_SUPPORTED = "only Llama models work (LlamaForCausalLM: silu, no biases, no RoPE scaling)"
-
-# What an absent key means in a Hugging Face Llama config.json.
-_HF_DEFAULTS: dict[str, Any] = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-
-# Hugging Face key -> the only value this engine computes with.
-_HF_FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-}
 
 
 @dataclass(frozen=True)
@@ -52,12 +35,22 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # any of them ends an answer; may be empty
 
+    # What divides RoPE's head_dim / 2 frequencies to stretch the context; empty: nothing does.
+    rope_divisors: tuple[float, ...] = ()
+    attention_scale: float | None = None  # of q k; None: 1 / sqrt(head_dim)
+    qkv_bias: bool = False  # q, k and v have a bias
+    qk_norm: bool = False  # each head of q and k goes through an RMSNorm before RoPE
+    unrotated_layers: tuple[int, ...] = ()  # have no RoPE; ascending
+    # In these layers (ascending) a token sees itself and the `sliding_window` - 1 before it.
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+
     def __post_init__(self) -> None:
-        for field in _SIZES:
+        for field, most in _SIZES.items():
             value = getattr(self, field)
-            if not _is_int(value) or value < 1:
+            if not _is_int(value) or not 1 <= value <= most:
                 raise ConfigError(
-                    f"config: {field} is {value!r}, expected a whole number of at least 1"
+                    f"config: {field} is {value!r}, expected a whole number from 1 to {most}"
                 )
         for field in ("rope_theta", "norm_eps"):
             value = getattr(self, field)
@@ -76,6 +69,38 @@ class ModelConfig:
             raise ConfigError(
                 f"config: head_dim is {self.head_dim}, expected an even number (RoPE rotates pairs)"
             )
+        if len(self.rope_divisors) not in (0, self.head_dim // 2):
+            raise ConfigError(
+                f"config: rope_divisors are {len(self.rope_divisors)}, expected head_dim / 2 = "
+                f"{self.head_dim // 2} or none"
+            )
+        scale = () if self.attention_scale is None else (self.attention_scale,)
+        for value in (*self.rope_divisors, *scale):
+            if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+                raise ConfigError(
+                    f"config: {value!r} among rope_divisors and attention_scale, expected finite "
+                    f"numbers above 0"
+                )
+        for field in ("qkv_bias", "qk_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(
+                    f"config: {field} is {getattr(self, field)!r}, expected true or false"
+                )
+        for field in ("unrotated_layers", "sliding_layers"):
+            layers = getattr(self, field)
+            if not all(_is_int(layer) and 0 <= layer < self.n_layers for layer in layers) or any(
+                a >= b for a, b in itertools.pairwise(layers)
+            ):
+                raise ConfigError(
+                    f"config: {field} is {layers!r}, expected ascending layers of {self.n_layers}"
+                )
+        window = self.sliding_window
+        if bool(self.sliding_layers) != (window is not None):
+            raise ConfigError("config: sliding_window and sliding_layers: one without the other")
+        if window is not None and (not _is_int(window) or window < 1):
+            raise ConfigError(
+                f"config: sliding_window is {window!r}, expected a whole number of at least 1"
+            )
         special = (
             self.eos_token_ids
             if self.bos_token_id is None
@@ -93,6 +118,11 @@ class ModelConfig:
         return self.n_heads * self.head_dim
 
     @property
+    def score_scale(self) -> float:
+        """What q k is multiplied by before the softmax."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
     def kv_dim(self) -> int:
         return self.n_kv_heads * self.head_dim
 
@@ -101,109 +131,66 @@ class ModelConfig:
         """Weights in the model; a tied embedding counts once."""
         attention = self.dim * (self.q_dim + 2 * self.kv_dim) + self.q_dim * self.dim
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        layer += (self.q_dim + 2 * self.kv_dim) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.n_layers * layer + embeddings + self.dim
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
-        """From a Hugging Face config.json; ConfigError for what would be computed wrongly."""
-        model_type = hf.get("model_type", "none")
-        if model_type != "llama":
-            raise ConfigError(f"config.json: model_type is {model_type!r}; {_SUPPORTED}")
-        for key, only in _HF_FIXED.items():
-            if hf.get(key, only) != only:
-                raise ConfigError(
-                    f"config.json: {key} is {hf[key]!r}, expected {only!r}; {_SUPPORTED}"
-                )
-        rope_theta = _hf_rope_theta(hf)
+    def is_rotated(self, layer: int) -> bool:
+        """Whether RoPE rotates this layer's q and k."""
+        return layer not in self.unrotated_layers
 
-        hf = {**_HF_DEFAULTS, **hf}
-        missing = [key for key in _HF_REQUIRED if not _is_int(hf.get(key))]
-        if missing:
-            raise ConfigError(f"config.json: {', '.join(missing)} missing or not a whole number")
-        n_heads = hf["num_attention_heads"]
-        if n_heads < 1:
-            raise ConfigError(f"config.json: num_attention_heads is {n_heads}, expected at least 1")
-        n_kv_heads = hf.get("num_key_value_heads")
-        head_dim = hf.get("head_dim")
-        eos = hf.get("eos_token_id")
-        return cls(
-            dim=hf["hidden_size"],
-            hidden_dim=hf["intermediate_size"],
-            n_layers=hf["num_hidden_layers"],
-            n_heads=n_heads,
-            n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
-            head_dim=hf["hidden_size"] // n_heads if head_dim is None else head_dim,
-            vocab_size=hf["vocab_size"],
-            max_seq_len=hf["max_position_embeddings"],
-            rope_theta=_as_float(rope_theta),
-            norm_eps=_as_float(hf["rms_norm_eps"]),
-            tie_embeddings=hf["tie_word_embeddings"],
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        )
+    def window(self, layer: int) -> int | None:
+        """How many positions a token of this layer sees, its own the last; None: all."""
+        return self.sliding_window if layer in self.sliding_layers else None
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """An object of the fields; those of a family are left out where they say plain Llama."""
+        fields = dataclasses.asdict(self)
+        for name, default in _OPTIONAL.items():
+            if fields[name] == default:
+                del fields[name]
+        return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`: exactly its fields, or ConfigError."""
+        """The inverse of `to_json`: its fields and no others, or ConfigError."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config: not JSON ({error})") from None
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != names:
+        names = {field.name for field in dataclasses.fields(cls)} - _OPTIONAL.keys()
+        if not isinstance(fields, dict) or fields.keys() - _OPTIONAL.keys() != names:
             found = sorted(fields) if isinstance(fields, dict) else fields
             raise ConfigError(
-                f"config: expected an object with exactly {sorted(names)}, found {found}"
+                f"config: expected an object with {sorted(names)} and, of a family's own, "
+                f"{sorted(_OPTIONAL)}; found {found}"
             )
-        eos = fields["eos_token_ids"]
-        if not isinstance(eos, list):
-            raise ConfigError(f"config: eos_token_ids is {eos!r}, expected a list")
-        return cls(**{**fields, "eos_token_ids": tuple(eos)})
+        for name in _LISTS & fields.keys():
+            if not isinstance(fields[name], list):
+                raise ConfigError(f"config: {name} is {fields[name]!r}, expected a list")
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
 
 
-_SIZES = (
-    "dim",
-    "hidden_dim",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "vocab_size",
-    "max_seq_len",
-)
-_HF_REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
-
-
-def _hf_rope_theta(hf: Mapping[str, Any]) -> Any:
-    """RoPE's base, from `rope_theta` or (transformers 5) `rope_parameters`; no scaling works."""
-    theta = hf.get("rope_theta", 10000.0)
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, Mapping):
-            raise ConfigError(f"config.json: {key} is {rope!r}, expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(f"config.json: {key} is of type {kind!r}; {_SUPPORTED}")
-        theta = rope.get("rope_theta", theta)
-    return theta
+_OPTIONAL = {
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.default is not dataclasses.MISSING
+}
+_LISTS = {"eos_token_ids", "rope_divisors", "unrotated_layers", "sliding_layers"}
+# Far beyond what models have: a damaged number is named before anybody counts up to it.
+MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 16
+_SIZES = {
+    "dim": 1 << 31,
+    "hidden_dim": 1 << 31,
+    "n_layers": MAX_LAYERS,
+    "n_heads": 1 << 31,
+    "n_kv_heads": 1 << 31,
+    "head_dim": MAX_HEAD_DIM,
+    "vocab_size": 1 << 31,
+    "max_seq_len": 1 << 31,
+}
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_float(value: Any) -> Any:
-    """JSON writes 10000.0 as 10000; anything that is not a number is left for the check to name."""
-    return float(value) if _is_int(value) and abs(value) < 2**53 else value

@@ -1,10 +1,10 @@
 """Coded matrices in GPU memory: from the file's layout to the one that an adapter reads fastest.
 
 The streams of rows that are decoded side by side, a lane each, are interleaved. On a GPU a row is
-shared by as many lanes as fill it, each with a segment of columns; where they may enter the stream is
-found at load, by one pass over the matrix. On a software adapter a lane takes whole rows. All this is
-the adapter's business and not the format's. Rows lie sorted by class, so that a tile, which a
-workgroup decodes, needs one table; their results go to where they belong.
+shared by as many lanes as fill it, each with a segment of columns; where they may enter the stream
+is found at load, by one pass over the matrix. On a software adapter a lane takes whole rows. All
+this is the adapter's business and not the format's. Rows lie sorted by class, so that a tile, which
+a workgroup decodes, needs one table; their results go to where they belong.
 
 Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
 and their activations are f32; streams, entry points and lanes are the same.
@@ -153,6 +153,21 @@ class _Part:
         """By the names that they have in the kernels."""
         found = {"words": self.words, "row_info": self.row_info, "entries": self.entries}
         return found if self.mantissas is None else {**found, "mantissas": self.mantissas}
+
+
+@dataclass(frozen=True)
+class Then:
+    """What the last workgroup of a matvec of one token does with its output: SwiGLU if it is
+    `gated`, else the residual x += y and the norm of x with `weight`.
+    """
+
+    gated: bool
+    dim: int  # of x, or hidden_dim
+    eps: float
+    x: Any  # f32 (dim,)
+    weight: Any  # f32 (dim,)
+    out: Activations
+    arrived: Any  # u32, 0
 
 
 class GpuMatrix:
@@ -311,39 +326,46 @@ class GpuMatrix:
         size = 4 * self.splits * tokens * self.rows
         return Output(self.kernels.device.empty(label, size), self.splits)
 
-    def matvec(self, x: Activations, y: Output, *, tokens: int, digits: int) -> Iterator[Dispatch]:
-        """y[split, t] = the split's share of W x[t]."""
+    def matvec(
+        self, x: Activations, y: Output, *, tokens: int, digits: int, then: Then | None = None
+    ) -> Iterator[Dispatch]:
+        """y[split, t] = the split's share of W x[t]; and, after one token, what comes `then`."""
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
         if self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
         else:
-            name, activations = "matvec", dict(x_digits=x.digits, x_scale=x.scale)
+            name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
             overrides["digits"] = digits
+        tile, lanes = TILE, TILE * self.segments_per_group
         if self.whole_rows:
-            kernel = self.kernels.get(f"{name}_rows", **overrides)
-            tile = _SOFTWARE_LANES * _ROWS_PER_LANE
+            name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
         else:
-            group = self.segments_per_group
-            overrides |= dict(segments_per_group=group, partials=TILE * group)
-            kernel = self.kernels.get(name, **overrides)
-            tile = TILE
+            overrides |= dict(segments_per_group=self.segments_per_group, partials=lanes)
         for part in self.parts:
-            padded = {} if self.whole_rows else {"rows_padded": part.rows_padded}
+            groups = -(-part.rows // tile), self.splits
+            params: dict[str, float] = dict(
+                rows=part.rows, y_rows=self.rows, n_blocks=self.n_blocks, n_segments=self.n_segments
+            )
+            if not self.whole_rows:
+                params["rows_padded"] = part.rows_padded
+            kernel, after = self.kernels.get(name, **overrides), {}
+            if then and part is self.parts[-1]:  # those before it are done by then
+                kernel = self.kernels.get(
+                    f"{name}_then", gated=then.gated, lanes=lanes, **overrides
+                )
+                n_groups = groups[0] * groups[1]
+                params |= dict(splits=y.splits, n_groups=n_groups, dim=then.dim, eps=then.eps)
+                after = dict(arrived=then.arrived, x=then.x, weight=then.weight)
+                after |= dict(x_digits=then.out.digits, x_scale=then.out.scale)
             yield kernel.dispatch(
-                [-(-part.rows // tile), self.splits],
-                dict(
-                    rows=part.rows,
-                    y_rows=self.rows,
-                    n_blocks=self.n_blocks,
-                    n_segments=self.n_segments,
-                    **padded,
-                    **self._params,
-                ),
+                groups,
+                params | self._params,
                 **part.buffers,
                 table=self.table,
                 outliers=self.outliers,
                 **activations,
                 y=y.buffer,
+                **after,
             )
 
     @property

@@ -7,8 +7,13 @@ that.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.device import Device
 from model.config import ModelConfig
@@ -29,14 +34,51 @@ class KVCache:
     f32: bool
     keys: list[Any]
     values: list[Any]
+    shape: tuple[int, ...]  # of any of them
+    pos_axis: int = 1
 
     @classmethod
     def empty(cls, device: Device, config: ModelConfig, max_pos: int, f32: bool) -> KVCache:
-        size = (8 if f32 else 4) * config.n_kv_heads * max_pos * half_padded(config)
+        shape = cls._shape(config, max_pos, f32)
+        size = cls.buffer_bytes(config, max_pos, f32)
         names = [f"layers.{i}" for i in range(config.n_layers)]
         return cls(
             max_pos,
             f32,
             [device.empty(f"{name}.k_cache", size) for name in names],
             [device.empty(f"{name}.v_cache", size) for name in names],
+            shape,
         )
+
+    @staticmethod
+    def _shape(config: ModelConfig, max_pos: int, f32: bool) -> tuple[int, ...]:
+        return config.n_kv_heads, max_pos, 2 if f32 else 1, half_padded(config)
+
+    @classmethod
+    def buffer_bytes(cls, config: ModelConfig, max_pos: int, f32: bool) -> int:
+        """Of each layer's keys, and of its values."""
+        return 4 * math.prod(cls._shape(config, max_pos, f32))
+
+    @property
+    def _buffers(self) -> Iterator[tuple[str, Any]]:
+        for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            yield from zip((f"layers.{i}.keys", f"layers.{i}.values"), pair, strict=True)
+
+    def shapes(self, n_pos: int) -> dict[str, tuple[int, ...]]:
+        """Of what `read` gives: a buffer's, with `n_pos` positions."""
+        shape = *self.shape[: self.pos_axis], n_pos, *self.shape[self.pos_axis + 1 :]
+        return {name: shape for name, _ in self._buffers}
+
+    def read(self, device: Device, n_pos: int) -> Iterator[tuple[str, npt.NDArray[np.uint32]]]:
+        """The first `n_pos` positions, buffer by buffer."""
+        first = (*[slice(None)] * self.pos_axis, slice(n_pos))
+        for name, buffer in self._buffers:
+            yield name, device.read(buffer, np.uint32, self.shape)[first]
+
+    def write(self, device: Device, tensors: Mapping[str, npt.NDArray[np.uint32]]) -> None:
+        """Put back what `read` gave, into a cache of any length that holds it."""
+        n_outer = math.prod(self.shape[: self.pos_axis])
+        stride = 4 * math.prod(self.shape[self.pos_axis :])
+        for name, buffer in self._buffers:
+            for i, run in enumerate(tensors[name].reshape(n_outer, -1)):
+                device.write(buffer, run, i * stride)

@@ -15,12 +15,13 @@ import numpy as np
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
-from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output
+from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output, Then
 from model.kv_cache import KVCache, half_padded
 from model.prompt import Prompt
 from weights.store import WeightsFile
 
 MAX_TOKENS = 8  # that one pass may carry; shaders/shared/state.wgsl
+CHECK_TOKENS = 4, MAX_TOKENS  # of passes that check guesses
 INT8_DIGITS, EXACT_DIGITS = 1, 3  # shaders/shared/dot.wgsl
 
 
@@ -44,6 +45,12 @@ class Layer:
         self.post_attention_layernorm = vector("post_attention_layernorm")
         self.gate_up_proj = matrix("mlp.gate_up_proj")
         self.down_proj = matrix("mlp.down_proj")
+        c = weights.config
+        added = ["qkv_proj.bias"] * c.qkv_bias + ["q_norm.weight", "k_norm.weight"] * c.qk_norm
+        self.qkv_added = None  # what shaders/qkv_heads.wgsl does to q, k and v, if anything
+        if added:
+            vectors = [weights.tensor(f"{name}.self_attn.{suffix}") for suffix in added]
+            self.qkv_added = kernels.device.upload(f"{name}.qkv_added", np.concatenate(vectors))
 
     @property
     def matrices(self) -> tuple[GpuMatrix, ...]:
@@ -53,8 +60,8 @@ class Layer:
 class Llama:
     """The model on one device, with room for `max_pos` positions.
 
-    `layers[tokens]` is the plan of all blocks for a pass of 1 or MAX_TOKENS tokens; `last_head`
-    gives the logits of the pass's last token (in row 0), `all_heads` those of all MAX_TOKENS.
+    `layers[tokens]` is the plan of all blocks for a pass of 1, 4 or MAX_TOKENS tokens; `last_head`
+    gives the logits of the pass's last token (in row 0), `heads[tokens]` those of all of them.
     """
 
     def __init__(
@@ -91,8 +98,12 @@ class Llama:
         self.lanes = 64 if device.software else 256
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
-        value_lanes = -(-half_padded(c) // 4 // 8) * 8
+        value_lanes = -(-c.head_dim // 4 // 8) * 8
         self._attention_shape = (max(16, value_lanes), 4) if device.software else (64, 1)
+        # Attention may finish a head by itself, a matvec of one token do what comes after it.
+        self._finish = c.head_dim % 32 == 0 and (device.fences or self._splits == 1)
+        self._finish &= self._attention_shape[0] >= c.head_dim // 4
+        self._fused = device.fences and self.digits != FLOAT
         n, d = MAX_TOKENS, self.digits
         first = self.blocks[0]
         self.state = device.empty("state", 4 * (4 + n))
@@ -102,26 +113,41 @@ class Llama:
         self.partial = device.empty(
             "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
+        self.arrived = device.empty("arrived", 4 * n * c.n_heads)
         self.attn = Activations.empty(device, "attn", n, d, c.q_dim)
         self.o = first.o_proj.output("o", n)
         self.gate_up = first.gate_up_proj.output("gate_up", n)
         self.h = Activations.empty(device, "h", n, d, c.hidden_dim)
         self.down = first.down_proj.output("down", n)
         self.logits = self.lm_head.output("logits", n)
-        self.rope = device.upload("rope", rope_table(max_pos, c.head_dim, c.rope_theta))
+        self.qkv_heads: Output | None = None
+        if c.qkv_bias or c.qk_norm:
+            self.qkv_heads = Output(device.empty("qkv_heads", 4 * n * (c.q_dim + 2 * c.kv_dim)), 1)
+        turns = rope_table(max_pos, c.head_dim, c.rope_theta, c.rope_divisors)
+        self.rope = device.upload("rope", turns)
+        self.no_rope = None  # layers without RoPE turn by nothing
+        if c.unrotated_layers:
+            self.no_rope = device.upload(
+                "no_rope", np.ones_like(turns) * np.array([1, 0], np.float32)
+            )
 
-        self.layers = {n: Plan(self._layers(n)) for n in (1, MAX_TOKENS)}
+        self.layers = {n: Plan(self._layers(n)) for n in (1, *CHECK_TOKENS)}
         self.last_head = Plan(self._head(MAX_TOKENS, 1)), Plan(self._head(1, 1))
-        self.all_heads = Plan(self._head(MAX_TOKENS, MAX_TOKENS))
+        self.heads = {n: Plan(self._head(n, n)) for n in CHECK_TOKENS}
         self._head_product = Plan(
             self.lm_head.matvec(self.xn, self.logits, tokens=MAX_TOKENS, digits=self.digits)
         )
         self.prompt = Prompt(self) if self.digits == INT8_DIGITS and Prompt.fits(self) else None
 
-    def write_state(self, pos: int, tokens: Sequence[int], seed: int = 0) -> None:
-        """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ..."""
+    def write_state(
+        self, pos: int, tokens: Sequence[int], seed: int = 0, n_sampled: int = 0
+    ) -> None:
+        """The next pass reads `tokens` (at most MAX_TOKENS) at positions pos, pos + 1, ...
+
+        What is drawn from then on goes to places `n_sampled`, ... of the sampler's ring.
+        """
         state = np.zeros(4 + MAX_TOKENS, np.uint32)
-        state[:4] = pos, len(tokens), 0, seed
+        state[:4] = pos, len(tokens), n_sampled, seed
         state[4 : 4 + len(tokens)] = tokens
         self.device.write(self.state, state)
 
@@ -148,7 +174,7 @@ class Llama:
         """Such a pass, now: float32 (len(tokens), vocab_size)."""
         if not self.prompt or len(tokens) <= MAX_TOKENS:
             self.write_state(pos, tokens)
-            run(self.device, self.layers[MAX_TOKENS], self.all_heads)
+            run(self.device, self.layers[MAX_TOKENS], self.heads[MAX_TOKENS])
             return self._logits(len(tokens))
         run(self.device, self._begin(self.prompt, pos, tokens), self.prompt.norms(len(tokens)))
         rows = []
@@ -169,26 +195,47 @@ class Llama:
         return self.device.read(self.logits.buffer, np.float32, (tokens, self.config.vocab_size))
 
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
-        n = {"tokens": tokens, "digits": self.digits}
-        previous: Output | None = None
+        n: dict[str, Any] = {"tokens": tokens, "digits": self.digits}
+        fused = self._fused and tokens == 1
+        norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
         for i, layer in enumerate(self.blocks):
             keys, values = self.cache.keys[i], self.cache.values[i]
-            yield self._rms_norm(previous, layer.input_layernorm, tokens)
+            if i == 0 or not fused:
+                yield self._rms_norm(self.down if i else None, norms[i], tokens)
             yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n)
-            yield self._attention(keys, values, tokens)
-            yield self._attention_combine(tokens)
-            yield from layer.o_proj.matvec(self.attn, self.o, **n)
+            qkv = self.qkv
+            if self.qkv_heads is not None:
+                yield self._qkv_heads(layer.qkv_added, self.qkv_heads, tokens)
+                qkv = self.qkv_heads
+            yield self._attention(i, qkv, keys, values, tokens)
+            if not self._finish:
+                yield self._attention_combine(tokens)
+            norm = layer.post_attention_layernorm
+            if fused:
+                then = self._then_norm(norm)
+                yield from layer.o_proj.matvec(self.attn, self.o, **n, then=then)
 
-            yield self._rms_norm(self.o, layer.post_attention_layernorm, tokens)
-            yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n)
-            yield self._swiglu(tokens)
-            yield from layer.down_proj.matvec(self.h, self.down, **n)
-            previous = self.down
+                then = Then(True, self.config.hidden_dim, 0, self.x, norm, self.h, self.arrived)
+                yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, then=then)
+                then = self._then_norm(norms[i + 1])
+                yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
+            else:
+                yield from layer.o_proj.matvec(self.attn, self.o, **n)
+
+                yield self._rms_norm(self.o, norm, tokens)
+                yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n)
+                yield self._swiglu(tokens)
+                yield from layer.down_proj.matvec(self.h, self.down, **n)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
-        yield self._rms_norm(self.down, self.norm, tokens, pass_tokens=pass_tokens)
+        if pass_tokens > 1 or not self._fused:
+            yield self._rms_norm(self.down, self.norm, tokens, pass_tokens=pass_tokens)
         yield from self.lm_head.matvec(self.xn, self.logits, tokens=tokens, digits=self.digits)
+
+    def _then_norm(self, weight: Any) -> Then:
+        c = self.config
+        return Then(False, c.dim, c.norm_eps, self.x, weight, self.xn, self.arrived)
 
     def _rms_norm(
         self, y: Output | None, weight: Any, tokens: int, pass_tokens: int | None = None
@@ -203,7 +250,6 @@ class Llama:
             [1, tokens],
             dict(
                 dim=dim,
-                n_blocks=-(-dim // 32),
                 tokens=pass_tokens,
                 last=int(tokens < pass_tokens),
                 eps=self.config.norm_eps,
@@ -216,16 +262,38 @@ class Llama:
             x_scale=self.xn.scale,
         )
 
-    def _attention(self, keys: Any, values: Any, tokens: int) -> Dispatch:
+    def _qkv_heads(self, weights: Any, heads: Output, tokens: int) -> Dispatch:
+        c = self.config
+        kernel = self.kernels.get(
+            "qkv_heads", biased=c.qkv_bias, normed=c.qk_norm, splits=self.qkv.splits, lanes=32
+        )
+        return kernel.dispatch(
+            [c.n_heads + 2 * c.n_kv_heads, tokens],
+            dict(
+                n_heads=c.n_heads,
+                n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
+                tokens=tokens,
+                eps=c.norm_eps,
+            ),
+            y=self.qkv.buffer,
+            weights=weights,
+            out=heads.buffer,
+        )
+
+    def _attention(self, layer: int, qkv: Output, keys: Any, values: Any, tokens: int) -> Dispatch:
         c = self.config
         lanes, per_lane = self._attention_shape
         kernel = self.kernels.get(
             "attention",
             cache_f32=self.cache.f32,
-            splits=self.qkv.splits,
+            splits=qkv.splits,
+            window=c.window(layer) or 0,
             lanes=lanes,
             per_lane=per_lane,
             n_splits=self._splits,
+            finish=self._finish,
+            digits=self.digits,
         )
         return kernel.dispatch(
             [self._splits, c.n_heads, tokens],
@@ -236,14 +304,17 @@ class Llama:
                 half_padded=half_padded(c),
                 max_pos=self.cache.max_pos,
                 tokens=tokens,
-                scale=c.head_dim**-0.5,
+                scale=c.score_scale,
             ),
             state=self.state,
-            y=self.qkv.buffer,
-            rope=self.rope,
+            y=qkv.buffer,
+            rope=self.rope if c.is_rotated(layer) else self.no_rope,
             k_cache=keys,
             v_cache=values,
             partial=self.partial,
+            arrived=self.arrived,
+            x_digits=self.attn.digits,
+            x_scale=self.attn.scale,
         )
 
     def _attention_combine(self, tokens: int) -> Dispatch:
@@ -283,11 +354,16 @@ class Llama:
         )
 
 
-def rope_table(max_pos: int, head_dim: int, theta: float) -> np.ndarray:
-    """cos and sin of position * theta^(-2i / head_dim): float32 (max_pos, head_dim / 2, 2).
+def rope_table(
+    max_pos: int, head_dim: int, theta: float, divisors: Sequence[float] = ()
+) -> np.ndarray:
+    """cos and sin of position * theta^(-2i / head_dim) / divisors[i], 1 if there are none.
+
+    float32 (max_pos, head_dim / 2, 2).
 
     A table, because a GPU's own sine is only good near zero, and angles reach the last position.
     """
     half = head_dim // 2
-    angles = np.arange(max_pos)[:, None] * theta ** (-np.arange(half) / half)
+    frequencies = theta ** (-np.arange(half) / half) / (np.array(divisors) if divisors else 1)
+    angles = np.arange(max_pos)[:, None] * frequencies
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)

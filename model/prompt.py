@@ -93,6 +93,8 @@ class Prompt:
         """Whether the adapter can run these kernels for such a model."""
         c, device = model.config, model.device
         matrices = [m for layer in model.blocks for m in layer.matrices]
+        if c.qkv_bias or c.qk_norm or c.unrotated_layers or c.sliding_layers or c.attention_scale:
+            return False
         if (
             c.n_heads // c.n_kv_heads > _ROWS
             or attention_bytes(c.head_dim, tiled=False) > device.workgroup_memory
@@ -169,7 +171,6 @@ class Prompt:
                 [1, 1],
                 dict(
                     dim=dim,
-                    n_blocks=-(-dim // 32),
                     tokens=self.max_tokens,
                     last=last,
                     eps=self.config.norm_eps,

@@ -9,7 +9,7 @@ Axes: n tokens, or any leading axes `...`; a matrix is (rows, cols) = (out, in) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -89,18 +89,34 @@ def matvec_int8(
     return y
 
 
-def rope(x: Floats, pos: int, theta: float) -> Floats:
+def rope(x: Floats, pos: int, theta: float, divisors: Sequence[float] = ()) -> Floats:
     """(n, heads, head_dim) at positions pos, pos + 1, ... -> the same shape, rotated.
+
+    `divisors`, if any, are what the head_dim / 2 frequencies are divided by.
 
     Pair i is (i, i + head_dim/2), as Hugging Face stores it: RoFormer eq. 34 up to a permutation.
     Angles are float64 whatever x is; in float32 they would be off by up to position * 2^-24.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-np.arange(half) / half)
+    frequencies = theta ** (-np.arange(half) / half) / (np.array(divisors) if divisors else 1)
     angles = np.arange(pos, pos + len(x))[:, None, None] * frequencies  # (n, 1, half)
     cos, sin = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def qkv_heads(c: ModelConfig, qkv: Floats, bias: Floats | None, norms: Sequence[Floats]) -> Floats:
+    """(n, rows of q | k | v) -> the heads (n, heads, head_dim): with the bias (rows,) if any, and
+    the heads of q and of k, not those of v, through RMSNorms of `norms` (head_dim,), if any.
+    """
+    if bias is not None:
+        qkv = qkv + bias
+    heads = qkv.reshape(len(qkv), -1, c.head_dim)
+    if not norms:
+        return heads
+    q, k, v = np.split(heads, (c.n_heads, c.n_heads + c.n_kv_heads), axis=1)
+    normed = [rms_norm(x, w, c.norm_eps) for x, w in zip((q, k), norms, strict=True)]
+    return np.concatenate([*normed, v], axis=1)
 
 
 def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int) -> None:
@@ -109,11 +125,19 @@ def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int
     v_cache[pos : pos + len(v)] = v
 
 
-def attention(q: Floats, k_cache: Floats, v_cache: Floats, pos: int) -> Floats:
+def attention(
+    q: Floats,
+    k_cache: Floats,
+    v_cache: Floats,
+    pos: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Floats:
     """(n, n_heads, head_dim) at positions pos, pos + 1, ... -> (n, n_heads * head_dim).
 
-    softmax(q k / sqrt(head_dim)) v over the cached positions up to the token's own. The caches are
-    (positions, n_kv_heads, head_dim); n_heads / n_kv_heads neighbouring heads share a key head.
+    softmax(scale q k) v, scale = 1 / sqrt(head_dim) by default, over the cached positions up to the
+    token's own: the last `window` of them, or all. The caches are (positions, n_kv_heads,
+    head_dim); n_heads / n_kv_heads neighbouring heads share a key head.
     """
     n, n_heads, head_dim = q.shape
     n_pos, n_kv_heads = pos + n, k_cache.shape[1]
@@ -128,12 +152,18 @@ def attention(q: Floats, k_cache: Floats, v_cache: Floats, pos: int) -> Floats:
         own = np.arange(pos, n_pos)[block, None]  # positions of these tokens
         seen = own[-1, 0] + 1  # by the last of them
         scores = q[:, :, block] @ k[..., :seen]  # (n_kv_heads, group, block, seen)
-        scores /= np.sqrt(q.dtype.type(head_dim))
-        np.copyto(scores, -np.inf, where=np.arange(seen) > own)
+        scores *= q.dtype.type(head_dim**-0.5 if scale is None else scale)
+        np.copyto(scores, -np.inf, where=~visible(own, np.arange(seen), window))
         scores -= np.max(scores, axis=-1, keepdims=True)
         weights = np.exp(scores, out=scores)
         mixed[:, :, block] = weights @ v[:, :, :seen] / np.sum(weights, axis=-1, keepdims=True)
     return mixed.transpose(2, 0, 1, 3).reshape(n, n_heads * head_dim)
+
+
+def visible(own: Integers, other: Integers, window: int | None) -> npt.NDArray[np.bool_]:
+    """Whether a token at position `own` sees position `other`; broadcast."""
+    seen: npt.NDArray[np.bool_] = other <= own
+    return seen if window is None else seen & (other > own - window)
 
 
 def swiglu(gate_up: Floats) -> Floats:
@@ -223,7 +253,7 @@ class Reference:
     @classmethod
     def from_source(cls, source: Source, **options: Any) -> Self:
         """The model before quantization, in float32: what quality is measured against."""
-        tensors = {name: source.tensors[name].read() for name in layout.vectors(source.config)}
+        tensors = {name: source.vector(name) for name in layout.vectors(source.config)}
         for matrix in layout.matrices(source.config):
             parts = [source.tensors[name].read() for name, _ in matrix.parts]
             tensors[matrix.name] = np.concatenate(parts)
@@ -249,10 +279,14 @@ class Reference:
 
             xn = rms_norm(x, t[f"{layer}.input_layernorm.weight"], c.norm_eps)
             qkv = self._product(f"{layer}.self_attn.qkv_proj", xn)
-            q, k, v = np.split(qkv.reshape(len(x), -1, c.head_dim), self._heads, axis=1)
-            q, k = rope(q, pos, c.rope_theta), rope(k, pos, c.rope_theta)
+            bias = t[f"{layer}.self_attn.qkv_proj.bias"] if c.qkv_bias else None
+            norms = [t[f"{layer}.self_attn.{part}_norm.weight"] for part in "qk" if c.qk_norm]
+            qkv = qkv_heads(c, qkv, bias, norms)
+            q, k, v = np.split(qkv, (c.n_heads, c.n_heads + c.n_kv_heads), axis=1)
+            if c.is_rotated(i):
+                q, k = (rope(each, pos, c.rope_theta, c.rope_divisors) for each in (q, k))
             cache_write(k_cache, v_cache, k, v, pos)
-            attn = attention(q, k_cache, v_cache, pos)
+            attn = attention(q, k_cache, v_cache, pos, c.score_scale, c.window(i))
             x = x + self._product(f"{layer}.self_attn.o_proj", attn)
 
             xn = rms_norm(x, t[f"{layer}.post_attention_layernorm.weight"], c.norm_eps)
@@ -261,11 +295,6 @@ class Reference:
         self.n_past += len(x)
         xn = rms_norm(x, t["model.norm.weight"], c.norm_eps)
         return self._product("model.embed_tokens" if c.tie_embeddings else "lm_head", xn)
-
-    @property
-    def _heads(self) -> tuple[int, int]:
-        """Where q ends and where k ends among the heads of the fused product."""
-        return self.config.n_heads, self.config.n_heads + self.config.n_kv_heads
 
     def _product(self, name: str, x: Floats) -> Floats:
         """W x; int8 activations enter as the numbers that they stand for."""

@@ -1,17 +1,22 @@
-// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own. q and k are first rotated to their
+// softmax(scale q k^T) v over the positions up to each token's own, or the last `window` of them. q and k are first rotated to their
 // positions (RoFormer eq. 34; pairs (i, i + head_dim / 2), as Hugging Face stores them), k and v put into the cache.
 // In splits: every split sees each n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding);
 // attention_combine joins them. All in f32; a u32 of an f16 cache holds elements i and i + head_dim / 2 of one head, in
 // an f32 cache each has its own, half_padded apart.
-// One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens).
+// One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens). With `finish`, for heads of
+// whole blocks of 32, the last split of a head joins them itself and writes int8 digits (shared/last.wgsl says where).
 
 //#import state
+//#import digits
+//#import quantize
+//#import last
 
 override cache_f32: bool;
 override splits: u32;    // of y
-override lanes: u32;     // a multiple of 8, at least half_padded / 4
 override per_lane: u32;  // neighbouring positions that one lane scores, 1..4; lanes * per_lane are a tile
 override n_splits: u32;
+override finish: bool;   // then lanes are at least head_dim / 4
+override window: u32;  // positions that a token sees; 0: all
 
 struct Params {
   n_heads: u32,
@@ -20,7 +25,7 @@ struct Params {
   half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
   max_pos: u32,
   tokens: u32,
-  scale: f32,  // 1 / sqrt(head_dim)
+  scale: f32,
 }
 
 const NEVER = -1e30;  // below every score; not infinite, so that differences of two stay numbers
@@ -31,7 +36,10 @@ const NEVER = -1e30;  // below every score; not infinite, so that differences of
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;           // (max_pos, head_dim / 2): cos, sin
 @group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;  // (n_kv_heads, max_pos, 1 or 2, half_padded)
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
-@group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(6) var<storage, read_write> partial: array<atomic<u32>>;  // f32 (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(7) var<storage, read_write> arrived: array<atomic<u32>>;  // (tokens, n_heads)
+@group(0) @binding(8) var<storage, read_write> x_digits: array<u32>;
+@group(0) @binding(9) var<storage, read_write> x_scale: array<vec2<f32>>;
 
 var<workgroup> query_lo: array<vec4<f32>, lanes>;
 var<workgroup> query_hi: array<vec4<f32>, lanes>;
@@ -136,7 +144,7 @@ fn value(row: u32, i: u32) -> Pair {
 }
 
 // Scores of the positions pos .. pos + per_lane - 1: q is loaded once for all of them.
-fn scores_at(first_row: u32, pos: u32, length: u32) -> vec4<f32> {
+fn scores_at(first_row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
   let quads = params.half_padded / 4u;
   var sums = vec4<f32>(0.0);
   for (var i = 0u; i < quads; i++) {
@@ -150,9 +158,13 @@ fn scores_at(first_row: u32, pos: u32, length: u32) -> vec4<f32> {
     }
   }
   let j = vec4<u32>(0u, 1u, 2u, 3u);
-  let scored = (j < vec4<u32>(per_lane)) & (vec4<u32>(pos) + j < vec4<u32>(length));
+  var scored = (j < vec4<u32>(per_lane)) & (vec4<u32>(pos) + j < vec4<u32>(length));
+  if (window > 0u) { scored &= vec4<u32>(pos) + j >= vec4<u32>(seen_from); }
   return select(vec4<f32>(NEVER), sums * params.scale, scored);
 }
+
+fn store_partial(i: u32, value: f32) { atomicStore(&partial[i], bitcast<u32>(value)); }
+fn load_partial(i: u32) -> f32 { return bitcast<f32>(atomicLoad(&partial[i])); }
 
 fn max_over_lanes(lane: u32, value: f32) -> f32 {
   maxima[lane] = value;
@@ -196,8 +208,16 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var lo = vec4<f32>(0.0);
   var hi = vec4<f32>(0.0);
   let tile_size = lanes * per_lane;
-  for (var tile = split * tile_size; tile < length; tile += n_splits * tile_size) {
-    let scores = scores_at(first_row, tile + per_lane * lane, length);
+  var seen_from = 0u;
+  var tile = split * tile_size;
+  if (window > 0u) {  // skip this split's tiles that are not seen
+    seen_from = length - min(length, window);
+    let round = n_splits * tile_size;
+    tile += seen_from / round * round;
+    if (tile + tile_size <= seen_from) { tile += round; }
+  }
+  for (; tile < length; tile += n_splits * tile_size) {
+    let scores = scores_at(first_row, tile + per_lane * lane, length, seen_from);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);
@@ -223,20 +243,58 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   group_lo[lane] = lo;
   group_hi[lane] = hi;
   workgroupBarrier();
-  let out = ((token * params.n_heads + head) * n_splits + split) * (2u * params.half_padded + 2u);
   if (lane < quads) {
     for (var i = lane + quads; i < n_groups * quads; i += quads) {
       sum += group_sum[i];
       lo += group_lo[i];
       hi += group_hi[i];
     }
+  }
+  let head_quads = params.head_dim / 4u;
+  let half_quads = head_quads / 2u;
+  let place = select(0xFFFFFFFFu, head * head_quads + lane, lane < head_quads);
+  let n_blocks = params.n_heads * params.head_dim / 32u;
+  if (finish && n_splits == 1u) {
+    workgroupBarrier();
+    if (lane < quads) {
+      group_lo[lane] = lo / sum;
+      group_hi[lane] = hi / sum;
+    }
+    workgroupBarrier();
+    var v = vec4<f32>(0.0);
+    if (lane < half_quads) { v = group_lo[lane]; } else if (lane < head_quads) { v = group_hi[lane - half_quads]; }
+    quantize4(v, lane, token, place, n_blocks);
+    return;
+  }
+  let stride = 2u * params.half_padded + 2u;
+  let slot = token * params.n_heads + head;
+  let out = (slot * n_splits + split) * stride;
+  if (lane < quads) {
     for (var k = 0u; k < 4u; k++) {
-      partial[out + 4u * lane + k] = lo[k];
-      partial[out + params.half_padded + 4u * lane + k] = hi[k];
+      store_partial(out + 4u * lane + k, lo[k]);
+      store_partial(out + params.half_padded + 4u * lane + k, hi[k]);
     }
   }
   if (lane == 0u) {
-    partial[out + 2u * params.half_padded] = running_max;
-    partial[out + 2u * params.half_padded + 1u] = sum;
+    store_partial(out + stride - 2u, running_max);
+    store_partial(out + stride - 1u, sum);
+  }
+  if (finish && last_to_arrive(lane, slot, n_splits)) {
+    let first = slot * n_splits * stride;
+    var largest = NEVER;
+    for (var s = 0u; s < n_splits; s++) { largest = max(largest, load_partial(first + s * stride + stride - 2u)); }
+    let column = select(4u * lane, params.half_padded + 4u * (lane - half_quads), lane >= half_quads);
+    var v = vec4<f32>(0.0);
+    var total = 0.0;
+    if (lane < head_quads) {
+      for (var s = 0u; s < n_splits; s++) {
+        let at = first + s * stride;
+        let share = exp(load_partial(at + stride - 2u) - largest);
+        total += share * load_partial(at + stride - 1u);
+        for (var k = 0u; k < 4u; k++) { v[k] += share * load_partial(at + column + k); }
+      }
+      v = v / total;
+    }
+    quantize4(v, lane, token, place, n_blocks);
   }
 }

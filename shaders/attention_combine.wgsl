@@ -2,6 +2,7 @@
 // Lane = four columns of the n_heads * head_dim. Dispatch: (ceil(n_blocks * 8 / lanes), tokens).
 
 //#import state
+//#import digits
 //#import quantize
 
 override n_splits: u32;

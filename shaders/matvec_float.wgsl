@@ -30,6 +30,8 @@ struct Params {
 @group(0) @binding(7) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (splits, tokens, y_rows)
 
+fn store_y(i: u32, value: f32) { y[i] = value; }
+
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
         @builtin(workgroup_id) group: vec3<u32>) {

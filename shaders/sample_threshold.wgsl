@@ -1,7 +1,7 @@
 // The least logit that may be drawn: the largest of the bounds that min_p, top_k and then top_p (over what top_k left)
 // set. No sort: a bound is found digit by digit, four bits of the float's ordered bits at a time, counting or adding up
 // what lies above each of the 15 candidates. Logits equal to the bound all stay in.
-// One workgroup. Dispatch: 1. Probabilities in f32.
+// One workgroup = one row. Dispatch: rows. Probabilities in f32.
 
 //#import sampling
 
@@ -11,8 +11,8 @@ struct Params { vocab_size: u32 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> sampling: Sampling;
-@group(0) @binding(2) var<storage, read> logits: array<f32>;
-@group(0) @binding(3) var<storage, read_write> threshold: array<f32>;  // one
+@group(0) @binding(2) var<storage, read> logits: array<f32>;  // (rows, vocab_size)
+@group(0) @binding(3) var<storage, read_write> threshold: array<f32>;  // (rows)
 
 alias Totals = array<f32, 16>;
 
@@ -30,14 +30,14 @@ fn from_ordered(key: u32) -> f32 {
 
 // The largest key such that the logits at or above it number (or weigh, as a share) at least `wanted`; `floor_key`
 // is where the search's population ends.
-fn search(lane: u32, largest: f32, floor_key: u32, weigh: bool, wanted: f32) -> u32 {
+fn search(lane: u32, row: u32, largest: f32, floor_key: u32, weigh: bool, wanted: f32) -> u32 {
   var key = 0u;
   var goal = wanted;
   for (var shift = 32u; shift > 0u; ) {
     shift -= 4u;
     var totals = Totals();  // [d]: at or above key + (d << shift); spelled out, or naga zeroes it in the first round only
     for (var i = lane; i < params.vocab_size; i += lanes) {
-      let logit = logits[i];
+      let logit = logits[row * params.vocab_size + i];
       let its_key = ordered(logit);
       if (its_key >= floor_key && its_key >= key) {
         var amount = 1.0;
@@ -64,10 +64,12 @@ fn search(lane: u32, largest: f32, floor_key: u32, weigh: bool, wanted: f32) -> 
 }
 
 @compute @workgroup_size(lanes)
-fn main(@builtin(local_invocation_index) lane: u32) {
+fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
   if (sampling.temperature == 0.0) { return; }
-  var largest = logits[0];
-  for (var i = lane; i < params.vocab_size; i += lanes) { largest = max(largest, logits[i]); }
+  let row = group.x;
+  let begin = row * params.vocab_size;
+  var largest = logits[begin];
+  for (var i = lane; i < params.vocab_size; i += lanes) { largest = max(largest, logits[begin + i]); }
   lane_max[lane] = largest;
   workgroupBarrier();
   for (var stride = lanes / 2u; stride > 0u; stride >>= 1u) {
@@ -77,10 +79,10 @@ fn main(@builtin(local_invocation_index) lane: u32) {
   largest = lane_max[0];
   var key = 0u;
   if (sampling.top_k > 0u && sampling.top_k < params.vocab_size) {
-    key = search(lane, largest, 0u, false, f32(sampling.top_k));
+    key = search(lane, row, largest, 0u, false, f32(sampling.top_k));
   }
-  if (sampling.top_p < 1.0) { key = max(key, search(lane, largest, key, true, sampling.top_p)); }
+  if (sampling.top_p < 1.0) { key = max(key, search(lane, row, largest, key, true, sampling.top_p)); }
   var bound = select(from_ordered(key), -3.4e38, key == 0u);
   if (sampling.min_p > 0.0) { bound = max(bound, largest + sampling.temperature * log(sampling.min_p)); }
-  if (lane == 0u) { threshold[0] = min(bound, largest); }
+  if (lane == 0u) { threshold[row] = min(bound, largest); }
 }

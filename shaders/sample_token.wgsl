@@ -1,36 +1,48 @@
-// The best of the candidates becomes the next pass's token, and the state moves past what this pass has read.
+// What was drawn becomes the next pass's input, and the state moves past what this pass has read.
+// rows == 1: one token, drawn after the pass's last. Otherwise row i was drawn after tokens[i], and all tokens but the
+// first are guesses: one counts while it is what was drawn before it, so that the text is that of single passes,
+// whatever was guessed (Leviathan et al. 2023, with a draft that puts all its weight on one token).
 // One workgroup. Dispatch: 1.
 
 //#import state
 //#import sampling
 
 override lanes: u32;
+override rows: u32;
 
 struct Params { n_candidates: u32 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> candidates: array<Candidate>;
+@group(0) @binding(1) var<storage, read> candidates: array<Candidate>;  // (rows, n_candidates)
 @group(0) @binding(2) var<storage, read_write> state: State;
 @group(0) @binding(3) var<storage, read_write> sampled: array<u32>;  // a ring, by n_sampled
 
 var<workgroup> best: array<Candidate, lanes>;
+var<workgroup> drawn: array<u32, MAX_TOKENS>;
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32) {
-  var mine = Candidate(-3.4e38, 0xFFFFFFFFu);
-  for (var i = lane; i < params.n_candidates; i += lanes) { mine = better(mine, candidates[i]); }
-  best[lane] = mine;
-  workgroupBarrier();
-  for (var stride = lanes / 2u; stride > 0u; stride >>= 1u) {
-    if (lane < stride) { best[lane] = better(best[lane], best[lane + stride]); }
+  for (var row = 0u; row < rows; row++) {
+    var mine = Candidate(-3.4e38, 0xFFFFFFFFu);
+    for (var i = lane; i < params.n_candidates; i += lanes) {
+      mine = better(mine, candidates[row * params.n_candidates + i]);
+    }
+    best[lane] = mine;
+    workgroupBarrier();
+    for (var stride = lanes / 2u; stride > 0u; stride >>= 1u) {
+      if (lane < stride) { best[lane] = better(best[lane], best[lane + stride]); }
+      workgroupBarrier();
+    }
+    if (lane == 0u) { drawn[row] = best[0].token; }
     workgroupBarrier();
   }
   if (lane == 0u) {
-    let token = best[0].token;
-    sampled[state.n_sampled % arrayLength(&sampled)] = token;
-    state.n_sampled += 1u;
-    state.pos += state.n_tokens;
+    var n = 1u;
+    while (n < min(rows, state.n_tokens) && state.tokens[n] == drawn[n - 1u]) { n++; }
+    for (var i = 0u; i < n; i++) { sampled[(state.n_sampled + i) % arrayLength(&sampled)] = drawn[i]; }
+    state.n_sampled += n;
+    state.pos += select(n, state.n_tokens, rows == 1u);
     state.n_tokens = 1u;
-    state.tokens[0] = token;
+    state.tokens[0] = drawn[n - 1u];
   }
 }

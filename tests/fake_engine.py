@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import chat
@@ -63,22 +64,17 @@ class FakeEngine:
         self.config = SimpleNamespace(n_params=134_515_008)
         self.weights = SimpleNamespace(bits_per_weight=lambda block_only: 4.125)
         self.adapter_name = "Fake adapter"
-        self.prompts, self.max_tokens, self.sampling = [], None, None
+        self.prompts, self.max_tokens, self.sampling, self.slide = [], None, None, None
         self.cached = []
 
     def memory(self):
-        return SimpleNamespace(
-            weights_bytes=70_000_000,
-            cache_bytes=20_000_000,
-            scratch_bytes=1_500_000,
-            total_bytes=91_500_000,
-        )
+        return "91.5 MB: weights 70.0, cache 20.0, scratch 1.5"
 
-    def generate(self, ids, max_tokens, sampling):
+    def generate(self, ids, max_tokens, sampling, slide):
         if len(ids) >= self.context:
             raise EngineError("prompt longer than the context")
         self.prompts.append(ids)
-        self.max_tokens, self.sampling = max_tokens, sampling
+        self.max_tokens, self.sampling, self.slide = max_tokens, sampling, slide
         n_common = next(
             (i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b),
             min(len(ids), len(self.cached)),
@@ -99,6 +95,9 @@ class FakeGeneration:
             prompt_seconds=0.5,
             generated_tokens=0,
             generate_seconds=0.25,
+            drafted_tokens=0,
+            accepted_tokens=0,
+            slides=0,
             finish_reason=None,
         )
 
@@ -123,6 +122,27 @@ class FakeGeneration:
         self.closed = True
 
 
+@dataclass(eq=False)
+class FakeSampling:
+    """Equal to the tuple of its values."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise EngineError("temperature is below 0")
+
+    def __iter__(self):
+        return iter(vars(self).values())
+
+    def __eq__(self, other):
+        return tuple(self) == other
+
+
 def install(fake, setitem=dict.__setitem__):
     """Puts `fake` where chat.main looks for the engine. Returns what it is opened with, later."""
     opened = []
@@ -135,7 +155,7 @@ def install(fake, setitem=dict.__setitem__):
 
     # Through the dictionary: to look them up first would load the GPU library.
     setitem(vars(engine), "Engine", SimpleNamespace(open=open_engine))
-    setitem(vars(engine), "Sampling", lambda *values: values)
+    setitem(vars(engine), "Sampling", FakeSampling)
     return opened
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from fake_engine import HE, FakeEngine, FakeTokenizer, install
+from fake_engine import HE, FakeEngine, FakeSampling, FakeTokenizer, install
 
 import chat
 from engine.errors import EngineError, WeightsError
@@ -31,10 +31,11 @@ def lines(*items):
     return read
 
 
-def talk(engine, *items, system=None, max_tokens=1024, show_stats=False):
+def talk(engine, *items, system=None, max_tokens=1024, show_stats=False, sampling=None):
     """A whole interactive chat; returns its exit code."""
     conversation = chat.Conversation(engine.tokenizer, engine.context, max_tokens, system)
-    session = chat.Chat(engine, "fake", None, conversation, show_stats)
+    sampling = sampling or FakeSampling(0.0, 0, 1.0, 0.0, 0)
+    session = chat.Chat(engine, "fake", sampling, conversation, show_stats)
     session.greet()
     return session.loop(lines(*items))
 
@@ -110,12 +111,14 @@ def test_flags_reach_the_engine(use):
     engine = FakeEngine("abcdef")
     opened = use(engine)
     words = "--model m.safetensors --bits 3.25 --context 512 --adapter H100 --exact -n 3 -t 0.5"
-    words += " --top-k 40 --top-p 0.9 --min-p 0.05 --seed 7 -s Rhyme -p Hi"
+    words += " --draft d.safetensors --overflow slide --top-k 40"
+    words += " --top-p 0.9 --min-p 0.05 --seed 7 -s Rhyme -p Hi"
     assert chat.main(words.split()) == 0
     options = {"exact": True, "context": 512, "adapter": "H100", "bits": 3.25}
+    options["draft"] = "d.safetensors"
     assert opened == [("m.safetensors", options)]
     assert engine.sampling == (0.5, 40, 0.9, 0.05, 7)
-    assert engine.max_tokens == 3
+    assert engine.max_tokens == 3 and engine.slide
     assert engine.prompt_text() == chatml("Hi", system="Rhyme")
 
 
@@ -126,6 +129,7 @@ def test_defaults_are_the_default_model_and_another_seed_each_time(use):
         opened = use(engine)
         assert chat.main(["-p", "Hi"]) == 0
         options = {"exact": False, "context": None, "adapter": None, "bits": None}
+        options["draft"] = None
         assert opened == [("smollm2", options)]
         *sampling, seed = engine.sampling
         assert sampling == [0.5, 0, 1.0, 0.1]
@@ -149,7 +153,7 @@ def test_defaults_are_the_default_model_and_another_seed_each_time(use):
         (["--top-k", "-1"], "argument --top-k"),
         (["--seed", "-1"], "argument --seed"),
         (["-p", " \n"], "the prompt is empty"),
-        (["weights.safetensors"], "unrecognized arguments"),
+        (["a.safetensors", "b.safetensors"], "unrecognized arguments"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(use, capsys, flags, complaint):
@@ -159,7 +163,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(use, capsys, flags, c
     out, err = capsys.readouterr()
     assert exit_info.value.code == 2
     assert (out, opened) == ("", [])
-    assert err.splitlines()[-1].startswith("answer: error: ") and complaint in err
+    assert err.splitlines()[-1].startswith("answer chat: error: ") and complaint in err
 
 
 # Errors
@@ -304,7 +308,7 @@ def test_ctrl_c_closes_the_generation():
     engine = FakeEngine([*b"two", KeyboardInterrupt()])
     made = []
     generate = engine.generate
-    engine.generate = lambda *args: made.append(generate(*args)) or made[-1]
+    engine.generate = lambda *args, **options: made.append(generate(*args, **options)) or made[-1]
     talk(engine, "a")
     assert [generation.closed for generation in made] == [True]
 
@@ -394,6 +398,20 @@ def test_a_message_that_leaves_room_for_one_token_is_sent(capsys):
     assert f"the context of {SMALL} tokens is full: the answer ends here" in err
 
 
+def test_a_context_that_slid_is_said(capsys):
+    engine = FakeEngine("one")
+    made = engine.generate
+
+    def generate(*args, **options):
+        generation = made(*args, **options)
+        generation.stats.slides = 2
+        return generation
+
+    engine.generate = generate
+    talk(engine, "a")
+    assert "the context was full 2 times: its beginning and latest half" in capsys.readouterr().err
+
+
 def test_a_chat_goes_on_after_an_answer_that_filled_the_context(capsys):
     engine = FakeEngine("y" * SMALL, "two", context=SMALL)
     talk(engine, "a", "b")
@@ -466,3 +484,97 @@ def test_unknown_command_is_one_line_and_not_sent(capsys):
     assert engine.prompt_text() == chatml(" /etc/hosts is what?")
     notes = capsys.readouterr().err.splitlines()
     assert notes[1:] == ["unknown command /frobnicate; /help lists them"]
+
+
+# Taking back, and settings
+
+
+def test_retry_draws_another_answer_to_the_same_message():
+    engine = FakeEngine("One.", "Two.", "Three.")
+    seeds, generate = [], engine.generate
+
+    def noted(ids, max_tokens, sampling, **options):
+        seeds.append(sampling.seed)
+        return generate(ids, max_tokens, sampling, **options)
+
+    engine.generate = noted
+    sampling = FakeSampling(0.5, 0, 1.0, 0.1, 2**32 - 1)
+    assert talk(engine, "a", "b", "/retry", sampling=sampling) == 0
+    assert engine.prompt_text(2) == engine.prompt_text(1) == chatml("a", "One.", "b")
+    assert seeds == [2**32 - 1, 2**32 - 1, 0]
+
+
+def test_undo_and_edit_take_back_the_last_message(capsys):
+    engine = FakeEngine("One.", "Two.", "Three.", "Four.")
+    assert talk(engine, "a", "b", "/undo", "c", "/edit d", "/undo", "/undo", "/undo") == 0
+    assert engine.prompt_text(2) == chatml("a", "One.", "c")
+    assert engine.prompt_text(3) == chatml("a", "One.", "d")
+    err = capsys.readouterr().err
+    assert "forgotten: b\n1 turn left" in err and "forgotten: a\n0 turns left" in err
+    assert "there is no message to take back" in err
+
+
+def test_after_undo_the_cache_is_of_use_still():
+    # "he" was said as two tokens: read again it would be one, and the rest another prompt.
+    engine = FakeEngine("One.", "Two.", "Three.")
+    talk(engine, "a", "b", "/retry")
+    assert engine.prompts[2] == engine.prompts[1]
+
+
+def test_set_changes_how_tokens_are_drawn(capsys):
+    engine = FakeEngine("One.")
+    lines_ = ("/set temperature=0.9", "/set top-k = 40", "/set max_tokens=7", "/set", "a")
+    talk(engine, *lines_, sampling=FakeSampling(0.5, 0, 1.0, 0.1, 3))
+    assert engine.sampling == (0.9, 40, 1.0, 0.1, 3) and engine.max_tokens == 7
+    said = "temperature=0.9  top_k=40  top_p=1.0  min_p=0.1  seed=3  max_tokens=7"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/set warmth=1", "warmth: cannot be set; temperature, top_k,"),
+        ("/set temperature=warm", "temperature: expected a number, found 'warm'"),
+        ("/set top_k=1.5", "top_k: expected a whole number, found '1.5'"),
+        ("/set temperature", "expected a number, found ''"),
+        ("/set temperature=-1", "temperature is below 0"),
+        ("/set max_tokens=0", "max_tokens is 0, expected at least 1"),
+        ("/edit", "/edit TEXT says TEXT"),
+        ("/retry", "there is no message to take back"),
+    ],
+)
+def test_commands_say_what_is_wrong_with_them(line, said, capsys):
+    engine = FakeEngine("One.")
+    talk(engine, line, "a", sampling=FakeSampling(0.5, 0, 1.0, 0.1, 3))
+    assert said in capsys.readouterr().err
+    assert engine.sampling == (0.5, 0, 1.0, 0.1, 3) and engine.max_tokens == 1024
+
+
+def test_quotes_hold_a_message_of_several_lines(capsys):
+    engine = FakeEngine("One.", "Two.", "Three.")
+    quoted = (
+        ('"""', "/help", "", "two", '"""'),
+        (
+            '"""a',
+            'b"""  ',
+        ),
+        ('"""alone"""',),
+    )
+    assert talk(engine, *quoted[0], "/reset", *quoted[1], "/reset", *quoted[2]) == 0
+    texts = [engine.prompt_text(i) for i in range(3)]
+    assert texts == [chatml("/help\n\ntwo"), chatml("a\nb"), chatml("alone")]
+    assert talk(engine, '"""a', KeyboardInterrupt(), '"""b') == 0  # dropped, then the file ends
+    assert len(engine.prompts) == 3
+    assert "dropped" in capsys.readouterr().err
+
+
+def test_counter_counts_what_was_said_and_what_is_typed():
+    engine = FakeEngine("One.")
+    conversation = chat.Conversation(engine.tokenizer, engine.context, 10)
+    session = chat.Chat(engine, "fake", None, conversation, False)
+    assert session.count("abc") == "3 of 4096 tokens"
+    session.answer("a")
+    n = len(engine.prompts[0]) + len("One.")
+    assert session.count("abc") == f"{n + 3} of 4096 tokens"
+    session.command("/undo")
+    assert session.count("") == "0 of 4096 tokens"

@@ -221,3 +221,33 @@ def test_a_home_that_cannot_be_written_does_not_stop_the_chat(terminal, tmp_path
     tty.send("\x04")
     assert tty.leave() == 0
     assert "Traceback" not in tty.shown
+
+
+def test_a_terminal_shows_markdown_and_takes_lines_by_alt_enter(terminal, tmp_path):
+    program = "serve(FakeEngine('Some *soft* `code`.\\n\\n- one', 'Plain.'))"
+    tty = terminal(program, XDG_STATE_HOME=str(tmp_path), PROMPT_TOOLKIT_NO_CPR="0")
+    tty.expect("\x1b[6n")
+    tty.send("\x1b[5;1R")  # the terminal says where the cursor is: there is room for a line below
+    tty.send("abcdef\x1b\rghijkl")
+    tty.expect("13 of 4096 tokens")
+    tty.send("\r")
+    tty.expect("Some \x1b[3msoft\x1b[0m ")
+    tty.expect(" • \x1b[0mone")
+    tty.expect("\x1b[6n")
+    tty.send("\x1b[5;1R/retry\r")
+    tty.expect("Plain.")
+    tty.expect("\x1b[6n")
+    tty.send("\x1b[5;1R\x04")
+    assert tty.leave() == 0
+    assert "Traceback" not in tty.shown
+
+
+def test_without_colours_an_answer_is_as_the_model_wrote_it(terminal, tmp_path):
+    program = "serve(FakeEngine('Some *soft* `code`.'))"
+    tty = terminal(program, XDG_STATE_HOME=str(tmp_path), TERM="xterm", NO_COLOR="1")
+    tty.expect_prompt()
+    tty.send("a\r")
+    tty.expect("Some *soft* `code`.")
+    tty.expect_prompt()
+    tty.send("\x04")
+    assert tty.leave() == 0

@@ -134,6 +134,23 @@ def test_bench_prints_markdown_and_json(model: str, capsys: pytest.CaptureFixtur
     assert all(row["tokens_per_second"] > 0 for row in document["rows"])
 
 
+@pytest.mark.gpu
+def test_bench_sets_speculation_beside_single_steps(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "TASKS", {"quote": "ab" * 9, "write": "xyz"})
+    flags = ["--pp", "--tg", "--speculation", "--draft", model, "--repeats", "1"]
+    assert bench.main([model, *flags]) == 0
+    *_, head, rule, quote, write, blank, last = capsys.readouterr().out.splitlines()
+    assert {line.count("|") for line in (head, rule, quote, write)} == {10} and blank == ""
+    rows = json.loads(last)["speculation"]
+    assert [row["task"] for row in rows] == ["quote", "write"]
+    for row in rows:
+        assert row["tokens_per_second"] > 0 and row["single_step_tokens_per_second"] > 0
+        assert row["drafted_tokens"] >= row["accepted_tokens"] >= 0
+        assert row["same_text"]
+
+
 def test_bench_flags_reach_the_engine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,11 +163,12 @@ def test_bench_flags_reach_the_engine(
     monkeypatch.setattr(Engine, "open", refuse)
     assert bench.main([]) == 1
     assert error_line(capsys.readouterr()) == "error: not today\n"
-    assert bench.main(["m.gguf", "--bits", "3", "--context", "99", "--adapter", "1"]) == 1
-    plain = {"exact": False, "context": None, "adapter": None, "bits": None}
+    flags = ["--bits", "3", "--context", "99", "--adapter", "1", "--draft", "d"]
+    assert bench.main(["m.gguf", *flags]) == 1
+    plain = {"exact": False, "context": None, "adapter": None, "bits": None, "draft": None}
     assert calls == [
         (("smollm2",), plain),
-        (("m.gguf",), {**plain, "context": 99, "adapter": "1", "bits": 3.0}),
+        (("m.gguf",), {**plain, "context": 99, "adapter": "1", "bits": 3.0, "draft": "d"}),
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from tiny_model import CHAT_TEMPLATE, tokenizer_json
+from wgpu import GPUError
 from wgpu.backends.wgpu_native import GPUBuffer, GPUPromise
 from wgpu.backends.wgpu_native._api import libf
 
 from engine.device import Device, Readback
 from engine.errors import DeviceError, EngineError
 from engine.generate import Engine, Generation
+from engine.memory import planned
 from engine.sampler import Sampling
 from model.config import ModelConfig
 from model.reference import Reference, sampling_scores
@@ -583,8 +586,55 @@ def test_buffers_above_the_binding_limit_are_split_by_rows(
     engine = Engine(weights, device, exact=True, context=64)
     assert len(engine._model.embed_tokens.parts) > 1
     assert np.array_equal(engine.logits(ids), whole)
-    with pytest.raises(DeviceError, match=r"layers\.0\.k_cache .*smaller --context"):
+    with pytest.raises(DeviceError, match=r"a context of 640 .*use --context 128 or less") as e:
         Engine(weights, device, exact=True, context=640)
+    assert "\n" not in str(e.value)
+    Engine(weights, device, exact=True, context=128)
+
+
+def test_a_device_without_room_is_told_what_fits(
+    files: dict[str, WeightsFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is allocated where the free memory is known, otherwise when it runs out."""
+    weights, device = files["plain"], open_device("software")
+    plan = planned(weights, device, 640, exact=True)
+    fewer = planned(weights, device, 140, exact=True)
+    per_position = (plan.total_bytes - fewer.total_bytes) // 500
+    monkeypatch.setattr(device, "free_bytes", lambda: plan.total_bytes - 100 * per_position)
+    with pytest.raises(DeviceError, match=r"takes about .* MB: weights .*use --context 540 or "):
+        Engine(weights, device, exact=True, context=640)
+    assert device.allocated_bytes == 0
+    Engine(weights, device, exact=True, context=540)
+    monkeypatch.setattr(device, "free_bytes", lambda: 1000)
+    with pytest.raises(DeviceError, match="a smaller model, fewer bits, or another adapter"):
+        Engine(weights, device, exact=True, context=540)
+
+    device = open_device("gpu")
+    assert device.free_bytes() is None
+    whole = Engine(weights, open_device("gpu"), exact=True, context=640).memory()
+    create, limit = device.wgpu.create_buffer, whole.total_bytes - whole.cache_bytes // 2
+
+    def scarce(**options: Any) -> Any:
+        if device.allocated_bytes + options["size"] > limit:
+            raise GPUError("out of memory")
+        return create(**options)
+
+    monkeypatch.setattr(device.wgpu, "create_buffer", scarce)
+    with pytest.raises(DeviceError, match=r"use --context \d+ or less") as e:
+        Engine(weights, device, exact=True, context=640)
+    fits = int(re.search(r"--context (\d+)", str(e.value))[1])
+    assert 0 < fits < 640
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_plan_is_near_what_is_allocated(
+    files: dict[str, WeightsFile], open_engine: Callable[..., Engine], adapter: str, exact: bool
+) -> None:
+    engine = open_engine(adapter, "awkward", exact=exact)
+    plan, found = planned(files["awkward"], engine.device, CONTEXT, exact), engine.memory()
+    assert plan.cache_bytes == found.cache_bytes
+    assert plan.total_bytes == pytest.approx(found.total_bytes, rel=0.35)  # so small a model
 
 
 def test_wrong_tokens_and_sizes_are_refused(

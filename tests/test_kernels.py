@@ -8,6 +8,7 @@ F32 is half an ulp of float32 relative to the value; an n-term sum in any order 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from engine.kernel import Kernels
 from engine.plan import Plan, run
 from engine.sampler import Sampler, Sampling
 from model import reference
-from model.gpu_matrix import FLOAT, Activations, GpuMatrix
+from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Then
 from model.llama import MAX_TOKENS, rope_table
 
 pytestmark = pytest.mark.gpu
@@ -413,6 +414,64 @@ def test_embed_float_is_exact(
         assert (got == reference.embed(w, tokens)).all()
 
 
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("rows", [70, 1030])
+def test_a_matvec_does_what_comes_then(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    rows: int,
+    digits: int,
+    gated: bool,
+    whole_rows: bool,
+) -> None:
+    """On the very y that it leaves, which is the plain matvec's; twice, for its count begins anew."""
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    device, eps = kernels.device, 1e-5
+    m = coded(rng, rows, 333, 2.5, 11)
+    gpu = GpuMatrix(kernels, "w", m, n_segments=6)
+    a, _ = digit_activations(rng, device, 1, digits, m.cols)
+    y, plain = gpu.output("y", 1), gpu.output("plain", 1)
+    run(device, Plan(gpu.matvec(a, plain, tokens=1, digits=digits)))
+    dim = rows // 2 if gated else rows
+    x0, weight = rng.normal(size=dim).astype(np.float32), rng.normal(1, 0.3, dim)
+    x = device.upload("x", x0)
+    then = Then(
+        gated,
+        dim,
+        eps,
+        x,
+        device.upload("weight", weight.astype(np.float32)),
+        Activations.empty(device, "out", 1, digits, dim),
+        device.empty("arrived", 4),
+    )
+    plan = Plan(gpu.matvec(a, y, tokens=1, digits=digits, then=then))
+    for times in (1, 2):
+        run(device, plan)
+        parts = device.read(y.buffer, np.float32, (y.splits, 1, rows))
+        assert (parts == device.read(plain.buffer, np.float32, parts.shape)).all()
+        got = read_activations(device, then.out, 1, digits, dim)
+        sums = parts.astype(np.float64).sum(axis=0)
+        rounding = 2 * F32 * np.abs(parts).sum(axis=0)
+        if gated:  # as in test_swiglu
+            want = reference.swiglu(sums)
+            gate, up = np.abs(sums[:, :dim]), np.abs(sums[:, dim:])
+            error = 1.1 * rounding[:, :dim] * up + rounding[:, dim:] * gate
+            error += (3 + 2 * gate + 4) * F32 * np.abs(want)
+        else:  # as in test_rms_norm
+            sums = x0 + times * sums
+            assert_close(
+                device.read(x, np.float32, (1, dim)), sums, 4 * F32 * np.abs(sums) + 4 * rounding
+            )
+            want = reference.rms_norm(sums, weight.astype(np.float32).astype(np.float64), eps)
+            error = (dim / 2 + 16) * F32 * np.abs(want)
+            error += 8 * (rounding + F32 * np.abs(x0)) / np.sqrt((sums**2).mean())
+        check_quantized(assert_close, got, want, digits, error)
+
+
 @pytest.mark.parametrize("digits", [1, 3])
 @pytest.mark.parametrize("dim", [40, 576, 1003])
 @pytest.mark.parametrize("splits", [0, 3])
@@ -431,7 +490,7 @@ def test_rms_norm(
     x, out = device.upload("x", x0), Activations.empty(device, "xn", tokens, digits, dim)
     dispatch = kernels.get("rms_norm", lanes=64, digits=digits, splits=splits).dispatch(
         [1, tokens],
-        dict(dim=dim, n_blocks=-(-dim // 32), tokens=tokens, last=0, eps=eps),
+        dict(dim=dim, tokens=tokens, last=0, eps=eps),
         state=device.empty("state", 48),
         y=device.upload("y", y),
         weight=device.upload("weight", weight),
@@ -467,7 +526,7 @@ def test_rms_norm_of_the_last_token_goes_to_row_0(
         out = Activations.empty(device, "xn", tokens, 1, dim)
         dispatch = kernels.get("rms_norm", lanes=64, digits=1, splits=0).dispatch(
             [1, 1 if last else tokens],
-            dict(dim=dim, n_blocks=3, tokens=tokens, last=last, eps=1e-5),
+            dict(dim=dim, tokens=tokens, last=last, eps=1e-5),
             state=device.upload("state", np.array([0, n_tokens] + [0] * 10, np.uint32)),
             y=device.empty("y", 4 * tokens * dim),
             weight=weight,
@@ -533,14 +592,66 @@ def test_swiglu(
     )
 
 
-HEADS = [(6, 2, 16), (4, 4, 10), (9, 3, 64), (2, 1, 128)]
+@pytest.mark.parametrize(("biased", "normed"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(6, 2, 16), (3, 3, 70)])
+def test_qkv_heads(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    biased: bool,
+    normed: bool,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+) -> None:
+    device, tokens, splits, eps = kernels.device, 3, 2, 1e-5
+    rows = (n_heads + 2 * n_kv_heads) * head_dim
+    y = rng.normal(size=(splits, tokens, rows)).astype(np.float32)
+    bias = rng.normal(size=rows * biased).astype(np.float32)
+    norms = rng.normal(1, 0.2, (2 * normed, head_dim)).astype(np.float32)
+    out = device.empty("out", 4 * tokens * rows)
+    dispatch = kernels.get(
+        "qkv_heads", biased=biased, normed=normed, splits=splits, lanes=32
+    ).dispatch(
+        [n_heads + 2 * n_kv_heads, tokens],
+        dict(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, tokens=tokens, eps=eps),
+        y=device.upload("y", y),
+        weights=device.upload("weights", np.concatenate([bias, norms.ravel()])),
+        out=out,
+    )
+    run(device, Plan([dispatch]))
+    got = device.read(out, np.float32, (tokens, rows // head_dim, head_dim))
+    config = SimpleNamespace(
+        n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, norm_eps=eps
+    )
+    sums = y.astype(np.float64).sum(axis=0)
+    want = reference.qkv_heads(config, sums, bias if biased else None, [*norms.astype(np.float64)])
+    # Two sums, of numbers below 8 in all; a mean of head_dim squares and three products, where a
+    # head of length 1 a column is divided by about itself.
+    tolerance = 3 * 8 * F32 + (head_dim + 8) * F32 * np.abs(want)
+    assert_close(got, want, 2 * tolerance if normed else 3 * 8 * F32)
 
 
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
+HEADS = [
+    (6, 2, 16, False),
+    (4, 4, 10, False),
+    (9, 3, 64, True),
+    (9, 3, 64, False),
+    (2, 1, 128, True),
+]
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim", "finish"), HEADS)
 @pytest.mark.parametrize(("pos", "n_tokens"), [(0, 1), (3, 5), (254, 8), (700, 3)])
 @pytest.mark.parametrize(
-    ("n_splits", "lanes", "per_lane", "cache_f32"),
-    [(1, 16, 4, False), (16, 64, 1, False), (2, 24, 3, True)],
+    ("n_splits", "lanes", "per_lane", "cache_f32", "window"),
+    [
+        (1, 16, 4, False, 0),
+        (16, 64, 1, False, 0),
+        (2, 24, 3, True, 0),
+        (3, 24, 3, False, 100),
+        (4, 64, 1, True, 4),
+    ],
 )
 def test_rope_cache_and_attention(
     kernels: Kernels,
@@ -549,12 +660,14 @@ def test_rope_cache_and_attention(
     n_heads: int,
     n_kv_heads: int,
     head_dim: int,
+    finish: bool,
     pos: int,
     n_tokens: int,
     n_splits: int,
     lanes: int,
     per_lane: int,
     cache_f32: bool,
+    window: int,
 ) -> None:
     device, max_pos, theta, splits = kernels.device, 720, 10000.0, 2
     half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
@@ -575,14 +688,18 @@ def test_rope_cache_and_attention(
     out = Activations.empty(device, "attn", tokens, 3, n_heads * head_dim)
     sizes = dict(n_heads=n_heads, head_dim=head_dim, half_padded=padded)
     n_blocks = -(-n_heads * head_dim // 32)
+    finish &= lanes >= head_dim // 4
     dispatches = [
         kernels.get(
             "attention",
             cache_f32=cache_f32,
             splits=splits,
+            window=window,
             lanes=lanes,
             per_lane=per_lane,
             n_splits=n_splits,
+            finish=finish,
+            digits=3,
         ).dispatch(
             [n_splits, n_heads, tokens],
             dict(
@@ -598,6 +715,9 @@ def test_rope_cache_and_attention(
             k_cache=keys,
             v_cache=values,
             partial=partial,
+            arrived=device.empty("arrived", 4 * tokens * n_heads),
+            x_digits=out.digits,
+            x_scale=out.scale,
         ),
         kernels.get("attention_combine", lanes=64, digits=3, n_splits=n_splits).dispatch(
             [-(-n_blocks * 8 // 64), tokens],
@@ -607,7 +727,7 @@ def test_rope_cache_and_attention(
             x_scale=out.scale,
         ),
     ]
-    run(device, Plan(dispatches))
+    run(device, Plan(dispatches[:1] if finish else dispatches))
 
     qkv = y.astype(np.float64).sum(axis=0)[:n_tokens].reshape(n_tokens, all_heads, head_dim)
     want_q, want_k, want_v = np.split(qkv, [n_heads, n_heads + n_kv_heads], axis=1)
@@ -638,7 +758,8 @@ def test_rope_cache_and_attention(
     # off by no more than a key before its cast, 12 F32 size. A score is a sum of head_dim products;
     # its error e changes a weight by a factor of 1 +- e, and so the mean by 2 e of the largest
     # value; sums over positions add n_pos roundings, exp its (3 + 2 |score|) ulp.
-    want = reference.attention(want_q, got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    cached = got_k.astype(np.float64), got_v.astype(np.float64)
+    want = reference.attention(want_q, *cached, pos, window=window or None)
     n_pos = pos + n_tokens
     largest = np.abs(got_v[:n_pos]).max()
     score_per_query = np.abs(got_k[:n_pos]).max() * head_dim**0.5

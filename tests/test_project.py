@@ -33,7 +33,7 @@ MAY_IMPORT = {
     ],
     "model/config.py": ["engine.errors"],
     "model/reference.py": ["model.config", "weights", "codec", "engine.sampler"],
-    "chat.py": ["engine", "weights.cache"],
+    "chat.py": ["engine", "weights.bits", "weights.cache"],
 }
 
 
@@ -94,18 +94,21 @@ def test_only_the_engine_talks_to_the_gpu() -> None:
         assert not any(name.split(".")[0] == "wgpu" for name in _imports(path)), path
 
 
-def test_readme_quotes_the_help_text() -> None:
+@pytest.mark.parametrize("words", [[], ["chat"]], ids=["answer", "answer chat"])
+def test_readme_quotes_the_help_text(words: list[str]) -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    quoted = re.search(r"<!-- chat\.py --help -->\s*```\w*\n(.*?)```", readme, re.DOTALL)
-    assert quoted, "README.md: no fenced block follows <!-- chat.py --help -->"
+    command = " ".join(["answer", *words, "--help"])
+    quoted = re.search(rf"<!-- {command} -->\s*```\w*\n(.*?)```", readme, re.DOTALL)
+    assert quoted, f"README.md: no fenced block follows <!-- {command} -->"
     printed = subprocess.run(
-        [sys.executable, ROOT / "chat.py", "--help"],
+        [sys.executable, "-m", "engine", *words, "--help"],
+        cwd=ROOT,
         env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert _normal(quoted[1]) == _normal(printed), "README.md: quote `python chat.py --help` again"
+    assert _normal(quoted[1]) == _normal(printed), f"README.md: quote `{command}` again"
 
 
 def _normal(help_text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 from conftest import Golden
@@ -83,6 +84,30 @@ def test_tokenizer_chat_prompt_says_why_it_cannot(template: str | None) -> None:
     tokenizer = Tokenizer(tokenizer_json(), template, CONFIG)
     with pytest.raises(EngineError, match="template"):
         tokenizer.chat_prompt([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "0.2 s"),
+        ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "more than 16777216 char"),
+        ("{{ ('x' * 9999) * 9999 }}", "repeats something 9999 times"),
+        ("{{ 9 * [0] * 10000000 }}", "repeats something 10000000 times"),
+        ("{{ 10 ** 10 ** 10 }}", "a power"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('roles\n\nmust') }}", "messages: roles must$"),
+    ],
+)
+def test_tokenizer_stops_a_template_that_goes_too_far(
+    template: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if said.endswith(" s"):
+        monkeypatch.setattr("engine.template._SECONDS", 0.2)
+    tokenizer = Tokenizer(tokenizer_json(), template, CONFIG)
+    trace = sys.gettrace()
+    with pytest.raises(EngineError, match=said):
+        tokenizer.chat_prompt([{"role": "user", "content": "hi"}])
+    assert sys.gettrace() is trace
 
 
 @pytest.mark.parametrize(

@@ -246,3 +246,19 @@ def test_inspect_agrees_with_the_file(
     by_name = {total["name"]: total["stored_bits"] for total in found["totals"]}
     assert by_name["all blocks"] == pytest.approx(file.bits_per_weight(block_only=True))
     assert by_name["all matrices"] == pytest.approx(file.bits_per_weight(block_only=False))
+
+
+def test_convert_of_a_model_larger_than_memory_goes_without_calibration(
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    convert(source, tmp_path / "plain")
+    monkeypatch.setattr(command, "_memory_bytes", lambda: 8 * source.config.n_params - 2)
+    command.convert(source, tmp_path / "large")
+    said = capsys.readouterr().err
+    assert said.startswith("tiny: not calibrated") and said.count("\n") == 1
+    assert (tmp_path / "large").read_bytes() == (tmp_path / "plain").read_bytes()
+    with pytest.raises(WeightsError, match="sparsity needs a calibration"):
+        command.convert(source, tmp_path / "sparse", sparsity=0.5)

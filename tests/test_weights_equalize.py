@@ -57,8 +57,9 @@ class Case:
         dataclasses.replace(CONFIG, tie_embeddings=False),
         GROUPED,
         dataclasses.replace(GROUPED, tie_embeddings=False),
+        dataclasses.replace(GROUPED, qkv_bias=True, qk_norm=True),
     ],
-    ids=["tied", "untied", "grouped", "grouped untied"],
+    ids=["tied", "untied", "grouped", "grouped untied", "biases and norms of heads"],
 )
 def case(request: pytest.FixtureRequest) -> Case:
     config = request.param
@@ -67,7 +68,10 @@ def case(request: pytest.FixtureRequest) -> Case:
         name: 20 * w / np.sqrt(w.shape[-1]) if w.ndim == 2 else 1 + 4 * w
         for name, w in random_tensors(config).items()
     }
-    tensors = {name: source[name].astype(np.float64) for name in layout.vectors(config)}
+    tensors = {
+        name: np.concatenate([source[part] for part in layout.vector_parts(name)], dtype=np.float64)
+        for name in layout.vectors(config)
+    }
     for matrix in layout.matrices(config):
         parts = [source[name] for name, _ in matrix.parts]
         tensors[matrix.name] = np.concatenate(parts).astype(np.float64)
@@ -110,7 +114,7 @@ def test_every_scale_is_moved(case: Case) -> None:
     tensors = moved(case)
     for name, before in case.tensors.items():
         still = name in (layout.EMBEDDING, "model.norm.weight") and case.config.tie_embeddings
-        still |= name == layout.EMBEDDING
+        still |= name == layout.EMBEDDING or name.endswith(("q_norm.weight", "k_norm.weight"))
         assert np.array_equal(tensors[name], before.astype(np.float32)) == still, name
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from model.config import ModelConfig
+from weights.layout import source_shapes
 
 Array = npt.NDArray[np.float32]
 
@@ -66,6 +67,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, Array]:
     shapes["model.norm.weight"] = (dim,)
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, dim)
+    shapes |= {name: shape for name, shape in source_shapes(config).items() if name not in shapes}
     return {
         name: _bfloat16_exact(rng.standard_normal(shape) * 0.05) for name, shape in shapes.items()
     }
@@ -138,9 +140,12 @@ def write_gguf(
     tensors: dict[str, Array],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F16,
     pre: str = "smollm",
+    architecture: str = "llama",
 ) -> Path:
-    """A GGUF file as llama.cpp's converter writes it: q and k permuted, vectors in F32."""
-    writer = gguf.GGUFWriter(path, "llama")
+    """A GGUF file as llama.cpp's converter writes it: vectors in F32, q and k permuted but for
+    Qwen's. What the gguf package cannot quantize becomes random blocks.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
     writer.add_feed_forward_length(config.hidden_dim)
@@ -160,17 +165,44 @@ def write_gguf(
     writer.add_eos_token_id(config.eos_token_ids[0])
     writer.add_chat_template(CHAT_TEMPLATE)
     for name, values in tensors.items():
-        if name.endswith("q_proj.weight"):
-            values = _permuted(values, config.n_heads)
-        elif name.endswith("k_proj.weight"):
-            values = _permuted(values, config.n_kv_heads)
+        if not architecture.startswith("qwen"):
+            if ".q_proj." in name:
+                values = _permuted(values, config.n_heads)
+            elif ".k_proj." in name:
+                values = _permuted(values, config.n_kv_heads)
         stored_kind = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(_gguf_name(name), quantize(values, stored_kind), raw_dtype=stored_kind)
+        stored = gguf_blocks(values, stored_kind)
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Where a block of a K-quant has its scales, of type float16: there random bits could be no numbers.
+_K_SCALES = {
+    "Q2_K": slice(80, 84),
+    "Q3_K": slice(108, 110),
+    "Q4_K": slice(0, 4),
+    "Q5_K": slice(0, 4),
+    "Q6_K": slice(208, 210),
+}
+
+
+def gguf_blocks(values: Array, kind: gguf.GGMLQuantizationType) -> npt.NDArray[Any]:
+    """(rows, cols) as a GGUF stores them; of K-quants random blocks, the same for a shape."""
+    if kind.name not in _K_SCALES:
+        return quantize(values, kind)
+    per_block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, cols = values.shape
+    rng = np.random.default_rng(rows)
+    blocks = rng.integers(0, 256, (rows, cols // per_block, n_bytes), np.uint8)
+    place = _K_SCALES[kind.name]
+    n_scales = (place.stop - place.start) // 2
+    scales = rng.uniform(0.0005, 0.001, (rows, cols // per_block, n_scales)).astype(np.float16)
+    blocks[..., place] = scales.view(np.uint8)
+    return blocks.reshape(rows, -1)
 
 
 def _permuted(weights: Array, n_heads: int) -> Array:
@@ -185,13 +217,15 @@ def _permuted(weights: Array, n_heads: int) -> Array:
     return weights[order]
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     parts = {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
         "lm_head": "output",
         "model.layers": "blk",
         "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",

@@ -12,6 +12,7 @@ from weights.bits import Bits
 from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, convert
 from weights.folder import cache_folder
 from weights.sources import PACKAGED, open_source
+from weights.sources.hub import parse_hub_name
 
 __all__ = [
     "DEFAULT_BITS",
@@ -28,8 +29,8 @@ DEFAULT_MODEL = "smollm2"
 def resolve(model: str | Path, bits: Bits | None = None, progress: bool = True) -> Path:
     """The weights file for `model`: itself if it is one, else the source converted to `bits`.
 
-    A source (a packaged model's name, a Hugging Face folder, a GGUF file) is converted on first
-    use, which takes minutes for large models and is announced on stderr. WeightsError or
+    A source (weights/sources) is converted on first use, which takes minutes for large models and
+    is announced on stderr; one of the hub is then found again without the hub. WeightsError or
     ConfigError when that fails, and WeightsError when `bits` is given for a converted file.
     """
     return resolve_each(model, [bits], progress)[0]
@@ -52,9 +53,9 @@ def resolve_each(
     for bits in missing:
         path = cached[bits]
         goal = "without loss" if bits == "lossless" else f"to {bits:g} bit/weight"
+        source = open_source(model)
         print(f"converting {model} {goal}, once: {path}", file=sys.stderr)
         keep = bits != missing[-1]
-        source = open_source(model)
         convert(source, path, bits, text=QUICK, progress=progress, keep_calibration=keep)
     return [cached[bits] for bits in wanted]
 
@@ -76,6 +77,9 @@ def _name(model: str | Path) -> str:
     if not path.exists():
         if str(model) in PACKAGED:
             return str(model)
+        hub_name = parse_hub_name(str(model))
+        if hub_name is not None:
+            return hub_name.file_name
         open_source(model)  # raises: no such model
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     facts = [

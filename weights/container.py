@@ -51,6 +51,12 @@ class Container:
     mapped: mmap.mmap
 
 
+def release_pages(mapped: mmap.mmap) -> None:
+    """Give back the memory of what has been read; whoever needs it again reads it again."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def damaged(path: Path, problem: str) -> WeightsError:
     return WeightsError(
         f"{path}: {problem}; the file is damaged or incomplete: "

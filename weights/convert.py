@@ -9,6 +9,7 @@ is all.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ DEFAULT_BITS = 5.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
 DEFAULT_LOG2_STATES = 11
 
+# Of the matrices that are worked on at a time, each of which takes some 9 bytes a weight; a larger
+# one is alone.
+_WEIGHTS_AT_ONCE = 1 << 28
+_SPARSITY_NEEDS = "sparsity needs a calibration: which weights matter is not known"
 _WINDOW = 256  # tokens of a calibration text that see each other
 
 
@@ -77,6 +82,7 @@ def convert(
     errors are worth. Where that is not known (without calibration the embedding and the head, with
     it an embedding that is not the head), or where `embed_bits` is given, embedding and head take
     that many, by default `bits` but at least LEAST_EMBED_BITS, and `bits` are those of the blocks.
+    A model too large to write its own text in half of the machine's memory goes without.
     A share `sparsity` of the blocks' weights is set to zero first, which needs a calibration.
     With "lossless" every weight stays the float32 that the source gives, bit for bit. `progress`
     shows a bar on a terminal. A calibration is removed when the file is there, unless
@@ -94,8 +100,9 @@ def convert(
     if not 0 <= sparsity < 1:
         raise WeightsError(f"sparsity is {sparsity:g}, expected 0 to less than 1")
     if sparsity and text.tokens == 0:
-        raise WeightsError("sparsity needs a calibration: which weights matter is not known")
+        raise WeightsError(_SPARSITY_NEEDS)
     matrices = layout.matrices(source.config)
+    each = partial(in_order, size=_n_weights, budget=_WEIGHTS_AT_ONCE)
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     # A thread works on its own matrix: products that are threaded too would wait for cores.
     with bar, threadpool_limits(1, "blas"):
@@ -106,10 +113,12 @@ def convert(
         else:
             calibration = _calibration(source, text, bar)
             quantizer = Plain(source)
+            if calibration is None and sparsity:
+                raise WeightsError(_SPARSITY_NEEDS)
             if calibration:
                 quantizer = Whitened(source, calibration, sparsity)
             measured = bar.track(
-                in_order(partial(measure, quantizer), matrices),
+                each(partial(measure, quantizer), matrices),
                 total=len(matrices),
                 description="measuring",
             )
@@ -117,7 +126,7 @@ def convert(
                 quantizer, matrices, list(measured), bits, embed_bits, log2_states
             )
             encode = partial(_encode, quantizer, constants, log2_states)
-        encoded = bar.track(in_order(encode, matrices), total=len(matrices), description="encoding")
+        encoded = bar.track(each(encode, matrices), total=len(matrices), description="encoding")
         reports: list[MatrixReport] = []
 
         def reported() -> Iterator[tuple[str, AnyMatrix]]:
@@ -147,6 +156,13 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
         task = bar.add_task(description)
         return lambda done, total: bar.update(task, completed=done, total=total)
 
+    if text.file is None and 4 * source.config.n_params > _memory_bytes() // 2:
+        print(
+            f"{source.name}: not calibrated, for it would write its own text with all of its "
+            f"weights in memory, {4e-9 * source.config.n_params:.0f} GB; --calibration takes yours",
+            file=sys.stderr,
+        )
+        return None
     length = min(_WINDOW, source.config.max_seq_len)
     n_windows = max(1, text.tokens // length)
     folder = cache_folder() / "calibration"
@@ -156,6 +172,18 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
     else:
         tokens = read_windows(text.file, encode, n_windows, length)
     return calibrate(source, tokens, folder, progress=shown("calibrating"))
+
+
+def _memory_bytes() -> int:
+    """Of the machine; as good as endless where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 1 << 62
+
+
+def _n_weights(matrix: layout.Matrix) -> int:
+    return matrix.rows * matrix.cols
 
 
 def _encode(
@@ -183,11 +211,13 @@ def _encode_lossless(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m weights.convert",
+        prog="answer convert",
         description="Convert a model to this engine's entropy-coded weights file.",
-        epilog="example: python -m weights.convert smollm2 smollm2.safetensors --bits 4.5",
+        epilog="example: answer convert smollm2 smollm2.safetensors --bits 4.5",
     )
-    parser.add_argument("source", help="a Hugging Face folder, a .gguf file, or `smollm2`")
+    parser.add_argument(
+        "source", help="a Hugging Face folder or hub name, a .gguf file, or `smollm2`"
+    )
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument(
         "--bits",

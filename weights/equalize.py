@@ -97,12 +97,17 @@ class Equalized:
         w *= self._row_factors(matrix).astype(np.float32)[:, None]
 
     def vector(self, name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """A norm's weight."""
+        """A norm's weight, or the bias of q, k and v, which grows with its rows."""
         head = layout.HEAD
         reader = {
             "input_layernorm": "self_attn.qkv_proj",
             "post_attention_layernorm": "mlp.gate_up_proj",
         }
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            return values
+        if name.endswith(".bias"):
+            (biased,) = (m for m in layout.matrices(self._config) if name == f"{m.name}.bias")
+            return (values * self._row_factors(biased)).astype(np.float32)
         prefix, _, norm = name.removesuffix(".weight").rpartition(".")
         matrix = f"{prefix}.{reader[norm]}" if norm in reader else head
         found = self._found.get(matrix)

@@ -135,7 +135,8 @@ def format_table(reports: list[MatrixReport]) -> str:
 
 def format_file(file: WeightsFile, reports: list[MatrixReport]) -> str:
     """The table between the model's sizes and the file's."""
-    sizes = "  ".join(f"{key} {value}" for key, value in dataclasses.asdict(file.config).items())
+    fields = json.loads(file.config.to_json())
+    sizes = "  ".join(f"{key} {value}" for key, value in fields.items())
     n_params = file.config.n_params
     return (
         f"{file.path}: {file.source}\n{sizes}\n\n{format_table(reports)}\n\n"
@@ -152,7 +153,7 @@ def _as_json(file: WeightsFile, reports: list[MatrixReport]) -> dict[str, Any]:
     return {
         "path": str(file.path),
         "source": file.source,
-        "config": dataclasses.asdict(file.config),
+        "config": json.loads(file.config.to_json()),
         "size_bytes": file.size_bytes,
         "n_params": file.config.n_params,
         "matrices": matrices[: len(reports)],
@@ -162,17 +163,19 @@ def _as_json(file: WeightsFile, reports: list[MatrixReport]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m weights.inspect",
+        prog="answer inspect",
         description="Show what a weights file holds, and check all of it.",
         epilog="P/g/b/n/k: k decode tables of 2^P states, of groups of g weights, b raw bits per "
         "weight, n symbols. "
         "Without loss, sign and mantissa are raw and symbols are exponents.",
     )
-    parser.add_argument("file")
+    parser.add_argument("file", help="weights file or name of a model")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     options = parser.parse_args(arguments)
+    from weights.cache import resolve  # which imports the converter, and that imports this
+
     try:
-        file = WeightsFile.open(options.file)
+        file = WeightsFile.open(resolve(options.file))
         reports = describe_file(file)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,18 +54,43 @@ def matrices(config: ModelConfig) -> list[Matrix]:
     return found
 
 
-def vectors(config: ModelConfig) -> list[str]:
-    """Every vector of the file, all of length dim: the RMSNorms, under the source's names."""
-    norms = ("input_layernorm", "post_attention_layernorm")
-    per_layer = [
-        f"model.layers.{i}.{norm}.weight" for i in range(config.n_layers) for norm in norms
-    ]
-    return [*per_layer, "model.norm.weight"]
+def vectors(config: ModelConfig) -> dict[str, int]:
+    """Every vector of the file and its length: the RMSNorms, and the biases of q, k, v, fused."""
+    per_layer = {
+        "input_layernorm.weight": config.dim,
+        "post_attention_layernorm.weight": config.dim,
+    }
+    if config.qkv_bias:
+        per_layer["self_attn.qkv_proj.bias"] = config.q_dim + 2 * config.kv_dim
+    if config.qk_norm:
+        per_layer |= dict.fromkeys(
+            ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), config.head_dim
+        )
+    found = {
+        f"model.layers.{i}.{name}": size
+        for i in range(config.n_layers)
+        for name, size in per_layer.items()
+    }
+    return {**found, "model.norm.weight": config.dim}
+
+
+def vector_parts(name: str) -> list[str]:
+    """What a source calls a vector: Hugging Face tensor names, to be put one after the other."""
+    prefix, fused, _ = name.partition("qkv_proj.bias")
+    return [f"{prefix}{part}_proj.bias" for part in "qkv"] if fused else [name]
 
 
 def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor name -> shape, for every tensor that a source must have."""
-    shapes: dict[str, tuple[int, ...]] = {name: (config.dim,) for name in vectors(config)}
+    biases = {
+        "q_proj.bias": config.q_dim,
+        "k_proj.bias": config.kv_dim,
+        "v_proj.bias": config.kv_dim,
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, size in vectors(config).items():
+        for part in vector_parts(name):
+            shapes[part] = (biases.get(part.rpartition("self_attn.")[2], size),)
     for matrix in matrices(config):
         shapes.update({name: (rows, matrix.cols) for name, rows in matrix.parts})
     return shapes

@@ -64,7 +64,7 @@ class Plain:
         return quantize(w, scale), scale
 
     def vector(self, name: str) -> Array:
-        return self._source.read(name)
+        return self._source.vector(name)
 
 
 class Whitened:
@@ -102,7 +102,7 @@ class Whitened:
         return q, scale
 
     def vector(self, name: str) -> Array:
-        return self._equalized.vector(name, self._source.read(name))
+        return self._equalized.vector(name, self._source.vector(name))
 
     def _read(self, matrix: layout.Matrix) -> Array:
         w = read_fused(self._source, matrix)

@@ -5,6 +5,7 @@ Opening checks every fact on which a decoder relies, so that the shaders need no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import zlib
@@ -20,7 +21,15 @@ from codec.lossless import AnyMatrix, LosslessMatrix
 from engine.errors import ConfigError, WeightsError
 from model.config import ModelConfig
 from weights import layout, parts
-from weights.container import Container, ContainerWriter, Entry, damaged, read_container, replacing
+from weights.container import (
+    Container,
+    ContainerWriter,
+    Entry,
+    damaged,
+    read_container,
+    release_pages,
+    replacing,
+)
 
 FORMAT = "answer"
 FORMAT_VERSION = "4"
@@ -37,6 +46,7 @@ class WeightsFile:
     chat_template: str | None
     tokenizer_json: bytes
     size_bytes: int
+    identity: str  # of the model as it is here: hex, the same for files with the same contents
     _entries: Mapping[str, Entry]
     _matrices: Mapping[str, AnyMatrix]
     _mapped: mmap.mmap
@@ -73,6 +83,7 @@ class WeightsFile:
             chat_template=metadata.get("chat_template"),
             tokenizer_json=tokenizer_json,
             size_bytes=container.size_bytes,
+            identity=_identity(metadata),
             _entries=container.entries,
             _matrices=matrices,
             _mapped=container.mapped,
@@ -80,8 +91,7 @@ class WeightsFile:
 
     def release_pages(self) -> None:
         """Give back the memory of what has been read; whoever needs it again reads it again."""
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+        release_pages(self._mapped)
 
     @property
     def matrix_names(self) -> list[str]:
@@ -97,7 +107,7 @@ class WeightsFile:
         return self._matrices[name]
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """A vector of length dim, by its Hugging Face name."""
+        """A vector of weights/layout.py."""
         return self._entries[name].values
 
     def stored_bits(self, name: str) -> int:
@@ -171,6 +181,12 @@ def _header_bound(config: ModelConfig, metadata: Mapping[str, str]) -> int:
     return len(json.dumps(metadata)) + sum(3 * len(name) + 150 for name in names)
 
 
+def _identity(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the sizes and of every tensor's checksum."""
+    contents = [metadata["config"], metadata["matrices"], metadata["crc32"]]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
 def _metadata_crc32(metadata: Mapping[str, str]) -> int:
     """CRC-32 of the metadata's canonical JSON, without `metadata_crc32` itself."""
     others = {key: text for key, text in metadata.items() if key != "metadata_crc32"}
@@ -182,7 +198,7 @@ def _checked_metadata(container: Container) -> Mapping[str, str]:
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"{path}: a safetensors file, but not of this engine; "
-            "convert the model's folder with `python -m weights.convert FOLDER OUT`"
+            "convert the model's folder with `answer convert FOLDER OUT`"
         )
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
@@ -221,9 +237,9 @@ def _check_tensors(container: Container, config: ModelConfig, matrices: Any, crc
             raise damaged(path, f"{name} is {found}, expected {dtype} of one dimension")
         if zlib.crc32(entry.values.data) != crc32[name]:
             raise damaged(path, f"the bytes of {name} do not match their CRC-32")
-    for name in layout.vectors(config):
-        if entries[name].shape != (config.dim,):
-            raise damaged(path, f"{name} has shape {entries[name].shape}, expected ({config.dim},)")
+    for name, size in layout.vectors(config).items():
+        if entries[name].shape != (size,):
+            raise damaged(path, f"{name} has shape {entries[name].shape}, expected ({size},)")
 
 
 def _matrix(container: Container, matrix: layout.Matrix, fields: Any) -> AnyMatrix:

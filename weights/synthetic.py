@@ -3,8 +3,8 @@
     python -m weights.synthetic 8b 8b.safetensors --bits 3.1
 
 What a benchmark needs of a model are its sizes and the statistics of its integers. These are
-Gaussian, as a whitened quantizer's nearly are; of each width of matrix some 2000 rows are coded, and
-repeated as often as it takes. Every matrix is in the file in full: nothing is shared.
+Gaussian, as a whitened quantizer's nearly are; of each width of matrix some 2000 rows are coded,
+and repeated as often as it takes. Every matrix is in the file in full: nothing is shared.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from engine.errors import EngineError, WeightsError
 from model.config import ModelConfig
 from weights import layout
 from weights.convert import DEFAULT_LOG2_STATES
+from weights.sources.families import read_family
 from weights.store import write_weights
 
 _TILE_ROWS = 2048  # that are coded
@@ -61,7 +62,7 @@ def shape(name: str | Path) -> ModelConfig:
     if str(name) in SHAPES:
         return SHAPES[str(name)]
     try:
-        return ModelConfig.from_hf(json.loads(Path(name).read_text("utf-8")))
+        return read_family(json.loads(Path(name).read_text("utf-8"))).config
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{name}: neither a config.json nor one of {', '.join(SHAPES)} ({error})"

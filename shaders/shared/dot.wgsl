@@ -1,14 +1,11 @@
-// Dot products of decoded weights with activations that are int8 digits: x = scale (d0 + d1 / 254 + d2 / 254^2),
-// one scale for 32 columns. One digit is the int8 mode; three carry 23 bits below the block's largest value, no less
-// than f32 rounding leaves of a sum, and are the exact mode. The integer sums are exact in both.
-// The importer provides  x_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),  x_scale: array<vec2<f32>>
-// (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset: f32  (min_symbol << raw_bits).
-
-override digits: u32;  // 1 or 3
+// Dot products of decoded weights with activations in int8 digits: the integer sums are exact. Beside it stands
+// digits.wgsl. The importer provides  in_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),
+// in_scale: array<vec2<f32>>  (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset: f32
+// (min_symbol << raw_bits).
 
 const DIGIT = 1.0 / 254.0;
 
-// Where the digits of 32 columns begin in x_digits.
+// Where the digits of 32 columns begin in in_digits.
 fn digits_at(token: u32, digit: u32, block: u32) -> u32 {
   return ((token * digits + digit) * params.n_blocks + block) * 2u;
 }
@@ -18,13 +15,13 @@ fn block_dot(a: Weights, b: Weights, token: u32, block: u32) -> f32 {
   var dot = 0.0;
   for (var digit = digits; digit > 0u; digit--) {
     let at = digits_at(token, digit - 1u, block);
-    dot = dot * DIGIT + f32(dot16(a, x_digits[at]) + dot16(b, x_digits[at + 1u]));
+    dot = dot * DIGIT + f32(dot16(a, in_digits[at]) + dot16(b, in_digits[at + 1u]));
   }
   return scaled(dot, token, block);
 }
 
 fn scaled(dot: f32, token: u32, block: u32) -> f32 {
-  let x = x_scale[token * params.n_blocks + block];
+  let x = in_scale[token * params.n_blocks + block];
   return dot * x.x + params.offset * x.y;
 }
 
@@ -46,9 +43,9 @@ fn activation(token: u32, column: u32) -> f32 {
     let group = 2u * params.n_blocks;
     x += DIGIT * (digit_at(first + group, column) + DIGIT * digit_at(first + 2u * group, column));
   }
-  return x * x_scale[token * params.n_blocks + (column >> 5u)].x;
+  return x * in_scale[token * params.n_blocks + (column >> 5u)].x;
 }
 
 fn digit_at(group: u32, column: u32) -> f32 {
-  return f32(extractBits(bitcast<i32>(x_digits[group][(column >> 2u) & 3u]), (column & 3u) * 8u, 8u));
+  return f32(extractBits(bitcast<i32>(in_digits[group][(column >> 2u) & 3u]), (column & 3u) * 8u, 8u));
 }

@@ -1,11 +1,8 @@
-// Activations to int8 digits (see dot.wgsl), four columns a lane, eight neighbouring lanes a block of 32.
+// Activations to int8 digits, four columns a lane, eight neighbouring lanes a block of 32. Beside it stands digits.wgsl.
 // The importer provides  x_digits: array<u32>  (tokens, digits, 4-column groups)  and  x_scale: array<vec2<f32>>.
 // For weights without loss x_digits takes the f32 themselves, (tokens, columns), and x_scale nothing.
 
-override lanes: u32;   // of the workgroup; a multiple of 8
-override digits: u32;  // 1 or 3; or FLOAT
-
-const FLOAT = 4u;  // bytes a column, as a digit is one
+override lanes: u32;  // of the workgroup; a multiple of 8
 
 var<workgroup> block_max: array<f32, lanes>;
 var<workgroup> block_sum: array<f32, lanes>;

@@ -1,6 +1,6 @@
 // A workgroup of 32 rows by segments_per_group column segments: the decode table in workgroup memory, and the sums of
-// a row's segments added up. The importer provides  table: array<vec4<u32>>,  y: array<f32>  (splits, tokens, y_rows)
-// and  params.rows, params.y_rows.
+// a row's segments added up. The importer provides  table: array<vec4<u32>>,  fn store_y(i, value)  for y, f32 (splits,
+// tokens, y_rows),  and  params.rows, params.y_rows.
 
 override segments_per_group: u32;
 override partials: u32;  // 32 * segments_per_group, the lanes
@@ -31,7 +31,7 @@ fn write_sums(sums: Sums, scale: f32, place: u32, index: u32, local: vec2<u32>, 
     if (local.y == 0u && index < params.rows) {
       var sum = 0.0;
       for (var i = 0u; i < segments_per_group; i++) { sum += partial[32u * i + local.x]; }
-      y[(split * tokens + t) * params.y_rows + place] = sum * scale;
+      store_y((split * tokens + t) * params.y_rows + place, sum * scale);
     }
     workgroupBarrier();
   }

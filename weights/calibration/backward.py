@@ -6,9 +6,11 @@ Gradients of weights are not needed anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from model.reference import Floats, rope
+from model.reference import Floats, rope, visible
 
 
 def rms_norm_backward(x: Floats, weight: Floats, eps: float, dy: Floats) -> Floats:
@@ -22,36 +24,43 @@ def rms_norm_backward(x: Floats, weight: Floats, eps: float, dy: Floats) -> Floa
     return dx
 
 
-def rope_backward(dy: Floats, theta: float) -> Floats:
+def rope_backward(dy: Floats, theta: float, divisors: Sequence[float] = ()) -> Floats:
     """(n, heads, head_dim) at positions 0, 1, ...: rotated back by the same angles.
 
     A rotation of (a, b) by the negative angle is one of (b, a) by the angle.
     """
     half = dy.shape[-1] // 2
-    return np.roll(rope(np.roll(dy, half, axis=-1), 0, theta), half, axis=-1)
+    return np.roll(rope(np.roll(dy, half, axis=-1), 0, theta, divisors), half, axis=-1)
 
 
 def attention_backward(
-    q: Floats, k: Floats, v: Floats, d_mixed: Floats
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    d_mixed: Floats,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> tuple[Floats, Floats, Floats]:
     """Of `attention` from position 0: (n, n_heads, ...) q, d_mixed, (n, n_kv_heads, ...) k, v.
 
-    With P = softmax(S), S = q k^T / sqrt(head_dim) over the positions up to the token's own:
+    With P = softmax(S), S = scale q k^T over the positions that the token sees:
     dv = P^T d_mixed, dP = d_mixed v^T, dS = P * (dP - rowsum(P * dP)),
-    dq = dS k / sqrt(head_dim), dk = dS^T q / sqrt(head_dim); dk and dv are sums over the query
+    dq = scale dS k, dk = scale dS^T q; dk and dv are sums over the query
     heads that share them.
     """
     n, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[1]
-    scale = 1 / np.sqrt(q.dtype.type(head_dim))
+    factor = q.dtype.type(head_dim**-0.5 if scale is None else scale)
     q, d_mixed = (
         t.reshape(n, n_kv_heads, -1, head_dim).transpose(1, 2, 0, 3) for t in (q, d_mixed)
     )  # (n_kv_heads, group, n, head_dim)
     k, v = k.transpose(1, 0, 2)[:, None], v.transpose(1, 0, 2)[:, None]  # (n_kv_heads, 1, n, ...)
 
     p = q @ k.swapaxes(-1, -2)  # (n_kv_heads, group, n, n)
-    p *= scale
-    p += np.where(np.tri(n, dtype=bool), q.dtype.type(0), q.dtype.type(-np.inf))
+    p *= factor
+    p += np.where(
+        visible(np.arange(n)[:, None], np.arange(n), window), q.dtype.type(0), q.dtype.type(-np.inf)
+    )
     p -= np.max(p, axis=-1, keepdims=True)
     np.exp(p, out=p)
     p /= np.sum(p, axis=-1, keepdims=True)
@@ -60,7 +69,7 @@ def attention_backward(
     ds = d_mixed @ v.swapaxes(-1, -2)
     ds -= np.einsum("hgij,hgij->hgi", p, ds)[..., None]
     ds *= p
-    ds *= scale
+    ds *= factor
     dq = ds @ k  # (n_kv_heads, group, n, head_dim)
     dk = np.sum(ds.swapaxes(-1, -2) @ q, axis=1)
     return (

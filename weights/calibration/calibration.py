@@ -210,7 +210,8 @@ def _identity(source: Source, *facts: object) -> str:
     c = source.config
     digest = hashlib.sha256(repr((RECIPE_VERSION, source.name, c.to_json(), facts)).encode())
     last = f"model.layers.{c.n_layers - 1}."
-    for name in sorted({*layout.vectors(c), *(n for n in source.tensors if n.startswith(last))}):
+    vectors = {part for name in layout.vectors(c) for part in layout.vector_parts(name)}
+    for name in sorted(vectors | {name for name in source.tensors if name.startswith(last)}):
         digest.update(np.ascontiguousarray(source.tensors[name].read()).data)
     return digest.hexdigest()[:16]
 

@@ -33,7 +33,9 @@ Product = Callable[[Floats, Floats], Floats]  # (rows, cols), (tokens, cols) -> 
 
 @dataclass(frozen=True)
 class Layer:
-    """A block's weights, dense; the fused matrices as in a weights file."""
+    """A block's weights, dense; the fused matrices as in a weights file. And what is its own of
+    what a family adds to a Llama.
+    """
 
     input_norm: Floats
     qkv_proj: Floats
@@ -41,6 +43,11 @@ class Layer:
     post_norm: Floats
     gate_up_proj: Floats
     down_proj: Floats
+    is_rotated: bool = True
+    window: int | None = None
+    qkv_bias: Floats | None = None
+    q_norm: Floats | None = None
+    k_norm: Floats | None = None
 
     @classmethod
     def read(cls, source: Source, index: int) -> Self:
@@ -50,6 +57,10 @@ class Layer:
             parts = [source.read(f"model.layers.{index}.{name}.weight") for name in names]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+        def vector(name: str, there: bool) -> Floats | None:
+            return source.vector(f"model.layers.{index}.self_attn.{name}") if there else None
+
+        c = source.config
         return cls(
             input_norm=stacked("input_layernorm"),
             qkv_proj=stacked("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -57,6 +68,11 @@ class Layer:
             post_norm=stacked("post_attention_layernorm"),
             gate_up_proj=stacked("mlp.gate_proj", "mlp.up_proj"),
             down_proj=stacked("mlp.down_proj"),
+            is_rotated=c.is_rotated(index),
+            window=c.window(index),
+            qkv_bias=vector("qkv_proj.bias", c.qkv_bias),
+            q_norm=vector("q_norm.weight", c.qk_norm),
+            k_norm=vector("k_norm.weight", c.qk_norm),
         )
 
 
@@ -66,8 +82,10 @@ class Activations:
 
     x: Floats  # the block's input
     xn: Floats  # what qkv_proj reads
-    q: Floats  # (n, batch * n_heads, head_dim), rotated
-    k: Floats  # (n, batch * n_kv_heads, head_dim), rotated
+    q_raw: Floats  # as q and k, before their norm and their rotation
+    k_raw: Floats
+    q: Floats  # (n, batch * n_heads, head_dim)
+    k: Floats  # (n, batch * n_kv_heads, head_dim)
     v: Floats  # (n, batch * n_kv_heads, head_dim)
     attn: Floats  # what o_proj reads
     x_mid: Floats  # the residual between attention and feed-forward
@@ -80,7 +98,7 @@ class Activations:
 class Gradients:
     """dL/dy of every matrix's own output, (tokens, rows) each, and dL/dx of the block's input."""
 
-    qkv_proj: Floats  # before RoPE
+    qkv_proj: Floats  # before bias, norms and RoPE
     o_proj: Floats
     gate_up_proj: Floats
     down_proj: Floats
@@ -103,20 +121,35 @@ def activate(
     batch = k_cache.shape[1] // c.n_kv_heads
     n = len(x) // batch
     xn = rms_norm(x, layer.input_norm, c.norm_eps)
-    q, k, v = _split_heads(c, product(layer.qkv_proj, xn), n, batch)
-    q, k = rope(q, pos, c.rope_theta), rope(k, pos, c.rope_theta)
+    qkv = product(layer.qkv_proj, xn)
+    if layer.qkv_bias is not None:
+        qkv = qkv + layer.qkv_bias
+    q_raw, k_raw, v = _split_heads(c, qkv, n, batch)
+    q, k = (
+        each if norm is None else rms_norm(each, norm, c.norm_eps)
+        for each, norm in ((q_raw, layer.q_norm), (k_raw, layer.k_norm))
+    )
+    if layer.is_rotated:
+        q, k = (rope(each, pos, c.rope_theta, c.rope_divisors) for each in (q, k))
     cache_write(k_cache, v_cache, k, v, pos)
 
     attn = np.empty_like(q)
     for heads, kv_heads in _head_groups(c, batch, n, pos + n):
-        mixed = attention(q[:, heads], k_cache[:, kv_heads], v_cache[:, kv_heads], pos)
+        mixed = attention(
+            q[:, heads],
+            k_cache[:, kv_heads],
+            v_cache[:, kv_heads],
+            pos,
+            c.score_scale,
+            layer.window,
+        )
         attn[:, heads] = mixed.reshape(n, -1, c.head_dim)
     attn = attn.reshape(len(x), c.q_dim)
     x_mid = x + product(layer.o_proj, attn)
 
     xn_mid = rms_norm(x_mid, layer.post_norm, c.norm_eps)
     gate_up = product(layer.gate_up_proj, xn_mid)
-    return Activations(x, xn, q, k, v, attn, x_mid, xn_mid, gate_up, swiglu(gate_up))
+    return Activations(x, xn, q_raw, k_raw, q, k, v, attn, x_mid, xn_mid, gate_up, swiglu(gate_up))
 
 
 def output(layer: Layer, a: Activations, product: Product = matvec) -> Floats:
@@ -143,9 +176,19 @@ def backward(c: ModelConfig, layer: Layer, a: Activations, dy: Floats) -> Gradie
     dq, dk, dv = np.empty_like(a.q), np.empty_like(a.k), np.empty_like(a.v)
     for heads, kv_heads in _head_groups(c, batch, n, n):
         dq[:, heads], dk[:, kv_heads], dv[:, kv_heads] = attention_backward(
-            a.q[:, heads], a.k[:, kv_heads], a.v[:, kv_heads], d_attn[:, heads]
+            a.q[:, heads],
+            a.k[:, kv_heads],
+            a.v[:, kv_heads],
+            d_attn[:, heads],
+            c.score_scale,
+            layer.window,
         )
-    dq, dk = rope_backward(dq, c.rope_theta), rope_backward(dk, c.rope_theta)
+    if layer.is_rotated:
+        dq, dk = (rope_backward(each, c.rope_theta, c.rope_divisors) for each in (dq, dk))
+    dq, dk = (
+        each if norm is None else rms_norm_backward(raw, norm, c.norm_eps, each)
+        for each, norm, raw in ((dq, layer.q_norm, a.q_raw), (dk, layer.k_norm, a.k_raw))
+    )
     d_qkv = np.concatenate(
         [d.reshape(n, batch, -1, c.head_dim) for d in (dq, dk, dv)], axis=2
     ).reshape(len(dy), -1)

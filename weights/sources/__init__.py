@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.errors import WeightsError
 from weights.sources.gguf import open_gguf
+from weights.sources.hub import open_hub, parse_hub_name
 from weights.sources.huggingface import open_folder
 from weights.sources.packaged import PACKAGED, open_packaged
 from weights.sources.source import LazyTensor, Source
@@ -14,10 +15,10 @@ __all__ = ["PACKAGED", "LazyTensor", "Source", "open_source"]
 
 
 def open_source(spec: str | Path) -> Source:
-    """A packaged model's name, a Hugging Face folder or a GGUF file; a path wins over a name.
+    """A Hugging Face folder, a GGUF file, or a name: a packaged model's, or OWNER/NAME of the hub.
 
-    Reads sizes, names and the tokenizer, but no weights yet. WeightsError: not found, damaged or
-    incomplete; ConfigError: an architecture that does not work.
+    A path wins over a name. Reads sizes, names and the tokenizer, but no weights yet.
+    WeightsError: not found, damaged or incomplete; ConfigError: an architecture that does not work.
     """
     path = Path(spec)
     if path.is_dir():
@@ -30,7 +31,11 @@ def open_source(spec: str | Path) -> Source:
         )
     if str(spec) in PACKAGED:
         return open_packaged(str(spec))
+    hub_name = parse_hub_name(str(spec))
+    if hub_name is not None:
+        return open_hub(hub_name)
     known = ", ".join(PACKAGED)
     raise WeightsError(
-        f"{spec}: no such file or folder, and no model of that name (known: {known})"
+        f"{spec}: no such file or folder, and no model of that name (known: {known}, and "
+        f"OWNER/NAME of the Hugging Face hub)"
     )

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import WeightsError
-from model.config import ModelConfig
-from weights.container import Entry, read_container
-from weights.sources.source import LazyTensor, Source
+from weights.container import Container, Entry, read_container, release_pages
+from weights.sources.families import read_family
+from weights.sources.source import LazyTensor, Source, scaled
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -27,10 +27,11 @@ def open_folder(folder: Path) -> Source:
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     if generation.get("eos_token_id") is not None:
         hf_config["eos_token_id"] = generation["eos_token_id"]
+    family = read_family(hf_config)
     return Source(
         name=folder.resolve().name,
-        config=ModelConfig.from_hf(hf_config),
-        tensors=_open_tensors(folder),
+        config=family.config,
+        tensors=scaled(_open_tensors(folder), family),
         tokenizer_json=_read_bytes(folder / "tokenizer.json"),
         chat_template=_chat_template(folder),
     )
@@ -59,16 +60,23 @@ def _open_tensors(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _shard_tensors(path: Path) -> dict[str, LazyTensor]:
-    entries = read_container(path).entries
+    container = read_container(path)
     return {
-        name: LazyTensor(entry.shape, partial(_to_float32, path, name, entry))
-        for name, entry in entries.items()
+        name: LazyTensor(entry.shape, partial(_read, container, name))
+        for name, entry in container.entries.items()
     }
+
+
+def _read(container: Container, name: str) -> npt.NDArray[np.float32]:
+    values = _to_float32(container.path, name, container.entries[name])
+    release_pages(container.mapped)  # or all of the file would come to lie in memory
+    return values
 
 
 def _to_float32(path: Path, name: str, entry: Entry) -> npt.NDArray[np.float32]:
     if entry.dtype == "BF16":  # the upper half of a float32
-        bits = entry.values.astype(np.uint32) << np.uint32(16)
+        bits = entry.values.astype(np.uint32)
+        bits <<= np.uint32(16)
         return bits.view(np.float32)
     if entry.dtype in ("F16", "F32", "F64"):
         return entry.values.astype(np.float32)

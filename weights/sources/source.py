@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, WeightsError
 from model.config import ModelConfig
-from weights.layout import source_shapes
+from weights.layout import source_shapes, vector_parts
+from weights.sources.families import Family
 
 # Tensors that some exporters add though they follow from the sizes.
 _REDUNDANT = ("rotary_emb.inv_freq",)
@@ -45,6 +47,10 @@ class Source:
             )
         return values
 
+    def vector(self, name: str) -> npt.NDArray[np.float32]:
+        """A vector of a weights file, put together from its parts."""
+        return np.concatenate([self.read(part) for part in vector_parts(name)])
+
     def __post_init__(self) -> None:
         expected = source_shapes(self.config)
         # First what is too much: another architecture also explains what is missing.
@@ -56,8 +62,8 @@ class Source:
         )
         if surplus:
             raise ConfigError(
-                f"{self.name}: {_listed(surplus)} not part of the one architecture that works, "
-                f"a Llama without biases and RoPE scaling"
+                f"{self.name}: {_listed(surplus)} not part of the architecture that its sizes "
+                f"speak of"
             )
         missing = sorted(expected.keys() - self.tensors.keys())
         if missing:
@@ -68,6 +74,22 @@ class Source:
                 raise WeightsError(
                     f"{self.name}: {name} has shape {found}, expected {shape} by the model's sizes"
                 )
+
+
+def scaled(tensors: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyTensor]:
+    """The tensors, multiplied by the factors that their family says."""
+
+    def read(tensor: LazyTensor, factor: float) -> npt.NDArray[np.float32]:
+        values = tensor.read()
+        values *= np.float32(factor)
+        return values
+
+    return {
+        name: tensor
+        if family.factor(name) == 1
+        else LazyTensor(tensor.shape, partial(read, tensor, family.factor(name)))
+        for name, tensor in tensors.items()
+    }
 
 
 def _listed(names: list[str], at_most: int = 3) -> str:

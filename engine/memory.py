@@ -1,0 +1,90 @@
+"""What a model takes on a device: beforehand about, afterwards to the byte; and what would fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.device import Device
+from engine.errors import DeviceError
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.llama import MAX_TOKENS
+from weights import layout
+from weights.store import WeightsFile
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device."""
+
+    weights_bytes: int
+    cache_bytes: int
+    scratch_bytes: int
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(
+            self.weights_bytes + other.weights_bytes,
+            self.cache_bytes + other.cache_bytes,
+            self.scratch_bytes + other.scratch_bytes,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.scratch_bytes
+
+    def __str__(self) -> str:
+        sizes = self.total_bytes, self.weights_bytes, self.cache_bytes, self.scratch_bytes
+        total, weights, cache, scratch = (f"{size / 1e6:,.1f}" for size in sizes)
+        return f"{total} MB: weights {weights}, cache {cache}, scratch {scratch}"
+
+
+def planned(weights: WeightsFile, device: Device, context: int, exact: bool) -> Memory:
+    """About what an engine will take: the cache to the byte, the rest to some 15 %."""
+    c = weights.config
+    stored = sum(map(weights.stored_bits, weights.matrix_names)) // 8
+    rows = [matrix.rows for matrix in layout.matrices(c)]
+    # Each matrix has tables; rows start at whole chunks of 16 bytes, and beside them lie a
+    # description of each and where it may be entered.
+    tables = len(rows) * (1 << 16 if device.software else 1 << 13)
+    on_device = stored * 21 // 20 + 48 * sum(rows) + tables
+    activations = 4 * MAX_TOKENS * (c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim))
+    rope = 4 * context * c.head_dim * (2 if c.unrotated_layers else 1)
+    return Memory(on_device, _cache_bytes(c, context, exact), activations + rope)
+
+
+def _cache_bytes(config: ModelConfig, context: int, exact: bool) -> int:
+    return 2 * config.n_layers * KVCache.buffer_bytes(config, context, exact)
+
+
+def check_room(weights: WeightsFile, device: Device, context: int, exact: bool) -> None:
+    """DeviceError, before anything is allocated, where it is known that it will not fit."""
+    buffer = KVCache.buffer_bytes(weights.config, context, exact)
+    if buffer > device.max_binding_bytes:
+        fits = device.max_binding_bytes // KVCache.buffer_bytes(weights.config, 1, exact)
+        raise DeviceError(
+            f"{device.name}: a context of {context} needs buffers of {buffer / 2**20:.0f} MiB, the "
+            f"adapter allows {device.max_binding_bytes / 2**20:.0f} MiB; {_advice(fits)}"
+        )
+    free = device.free_bytes()
+    if free is not None and planned(weights, device, context, exact).total_bytes > free:
+        raise no_room(weights, device, context, exact, free)
+
+
+def no_room(
+    weights: WeightsFile, device: Device, context: int, exact: bool, room_bytes: int
+) -> DeviceError:
+    """What to say where the device has room for `room_bytes` only."""
+    plan = planned(weights, device, context, exact)
+    per_position = _cache_bytes(weights.config, 1, exact) + 4 * weights.config.head_dim
+    fixed = plan.total_bytes - context * per_position
+    fits = min(context - 1, max(0, room_bytes - fixed) // per_position)
+    return DeviceError(
+        f"{device.name}: no room for {weights.path} with a context of {context}: it takes about "
+        f"{plan}; there are {room_bytes / 1e6:,.1f} MB; {_advice(fits)}"
+    )
+
+
+def _advice(fits: int) -> str:
+    if fits < 1:
+        return "use a smaller model, fewer bits, or another adapter"
+    return f"use --context {fits} or less, or another adapter"

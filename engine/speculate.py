@@ -1,0 +1,175 @@
+"""Speculation: drafts of the tokens to come, and when it pays to have one checked. No GPU here.
+
+A pass over n tokens decodes every weight once and takes far less time than n passes (for n = 8, 1.6
+to 2.6 times one). So where n - 1 tokens can be guessed, one pass checks them all. shaders/
+sample_token.wgsl keeps those that are what would have been drawn anyway, so drafts decide about
+speed alone, never about the text. (Leviathan et al. 2023, Chen et al. 2023: their acceptance rule,
+with the noise of both draws the same, becomes this comparison.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+
+LOOKUP, MODEL = "lookup", "model"  # what drafts come from
+
+_LONGEST = 32  # tokens that a match is followed back
+_CANDIDATES = 16  # latest places where the last two tokens stood that are looked at
+_LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)  # matches from one to the next of these count as alike
+
+
+@dataclass
+class Chance:
+    """The share of hits among the last twenty or so trials; `hits / trials` at first a guess."""
+
+    hits: float
+    trials: float = 2.0
+
+    @property
+    def share(self) -> float:
+        return self.hits / self.trials
+
+    def add(self, hit: bool) -> None:
+        self.hits = 0.95 * self.hits + hit
+        self.trials = 0.95 * self.trials + 1
+
+
+class Lookup:
+    """Drafts from the text itself: it goes on as it did where its last tokens stood before.
+
+    (Prompt lookup decoding, Saxena 2023.) Every token of the answer is foretold, whether or not
+    anybody asks for a draft: so how often matches of a length are right is known without a check.
+    """
+
+    def __init__(self) -> None:
+        self.chances = [Chance(2 * (1 - 2 / (length + 1))) for length in _LENGTHS]
+        self.begin([])
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Forget the text, not the chances, and take `tokens` for its beginning."""
+        self._tokens: list[int] = []
+        self._places: dict[tuple[int, int], list[int]] = {}  # of two tokens: where the next stood
+        self._source = self._length = 0  # place of the next token's twin; tokens that agree before
+        for token in tokens:
+            self._append(token)
+        self._match()
+
+    def add(self, token: int) -> None:
+        """The next token of the answer."""
+        hit = self._length > 0 and self._tokens[self._source] == token
+        if self._length:
+            self._chance(self._length).add(hit)
+        self._append(token)
+        if hit:
+            self._source, self._length = self._source + 1, min(self._length + 1, _LONGEST)
+        else:
+            self._match()
+
+    def draft(self, n: int) -> list[int]:
+        """The next `n` tokens, if the match holds; it may run into itself, as a loop does."""
+        found = self._tokens[self._source : self._source + n]
+        period = len(self._tokens) - self._source
+        return [found[i % period] for i in range(n)]
+
+    def shares(self, n: int) -> list[float]:
+        """How likely each of `n` drafted tokens is right if those before it are."""
+        return [self._chance(self._length + i).share for i in range(n)] if self._length else []
+
+    def _chance(self, length: int) -> Chance:
+        return self.chances[bisect_right(_LENGTHS, length) - 1]
+
+    def _append(self, token: int) -> None:
+        self._tokens.append(token)
+        n = len(self._tokens)
+        if n > 2:  # where nothing follows yet, nothing can be found
+            pair = self._tokens[-3], self._tokens[-2]
+            self._places.setdefault(pair, []).append(n - 1)
+
+    def _match(self) -> None:
+        """The longest of the latest places that end like the text does; of equals the latest."""
+        tokens, self._length = self._tokens, 0
+        places = self._places.get((tokens[-2], tokens[-1]), []) if len(tokens) > 1 else []
+        for place in reversed(places[-_CANDIDATES:]):
+            n = 2
+            while n < min(place, _LONGEST) and tokens[place - 1 - n] == tokens[-1 - n]:
+                n += 1
+            if n > self._length:
+                self._source, self._length = place, n
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A pass of `n_tokens`, the first known, the others from `source`."""
+
+    source: str
+    n_tokens: int
+
+
+@dataclass
+class Policy:
+    """Which draft pays, from what checks took and from how likely their tokens are right.
+
+    Times are in single steps, as their ratio is a property of the device. Whatever the estimates
+    say, `credit` bounds what may be lost: a check that yields fewer tokens than single steps would
+    have in its time takes the difference from it, and each single step brings back a little.
+    """
+
+    sizes: tuple[int, ...]  # tokens of a pass that checks, least first
+    credit: float = 4.0
+    # What the last checks took; the least of them counts: a machine that was busy once must
+    # not discredit checks for ever.
+    _costs: dict[Draft, deque[float]] = field(default_factory=dict)
+    # Of the last submits: (steps, seconds). Several are under way at once and often end at once, so
+    # that only their mean says what a step takes.
+    _steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=16))
+
+    _MAX_CREDIT = 4.0
+    _CREDIT_PER_STEP = 0.015  # so in the long run 1.5 % are lost at most
+    _WORTH = 1.1  # times the speed of single steps: less is within what the estimates are off
+
+    def choose(self, shares: dict[str, list[float]], most: int) -> Draft | None:
+        """The best check of at most `most` tokens, None for single steps.
+
+        `shares[source]`: see Lookup.shares. Where only the source itself can tell how good it is
+        now, a draft model, it is tried once in a while though it has been found wanting.
+        """
+        best, best_gain = None, self._WORTH
+        if self.credit <= 0 or not self._steps:
+            return None
+        for source, of_tokens in shares.items():
+            for n in self.sizes:
+                if n > most or len(of_tokens) < n - 1:
+                    continue
+                draft = Draft(source, n)
+                right = sum(accumulate(of_tokens[: n - 1], mul))
+                gain = (1 + right) / self._cost(draft)
+                if source == MODEL and self.credit == self._MAX_CREDIT:
+                    gain = max(gain, self._WORTH + 1e-9)
+                if gain > best_gain:
+                    best, best_gain = draft, gain
+        return best
+
+    def stepped(self, n_steps: int, seconds: float) -> None:
+        """Single steps were taken."""
+        self._steps.append((n_steps, seconds))
+        self.credit = min(self._MAX_CREDIT, self.credit + self._CREDIT_PER_STEP * n_steps)
+
+    def checked(self, draft: Draft, n_tokens: int, seconds: float) -> None:
+        """A check yielded `n_tokens`, at least the one that a step does."""
+        costs = self._costs.setdefault(draft, deque(maxlen=8))
+        n_steps, step_seconds = map(sum, zip(*self._steps, strict=True))
+        costs.append(seconds * n_steps / step_seconds)
+        self.credit = min(self._MAX_CREDIT, self.credit + n_tokens - self._cost(draft))
+
+    def _cost(self, draft: Draft) -> float:
+        costs = self._costs.get(draft, ())
+        if len(costs) > 1:
+            return min(costs)
+        # At first a guess as well, on the low side, so that there are some to measure; and the very
+        # first may be held up, by a prompt that the draft model has not read.
+        return min([1 + draft.n_tokens * (0.12 if draft.source == LOOKUP else 0.4), *costs])

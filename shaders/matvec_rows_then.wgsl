@@ -1,0 +1,49 @@
+// matvec_then for software adapters: matvec_rows for one token, and what comes next.
+
+//#import state
+//#import funnel
+//#import ans
+//#import stream
+//#import matrix
+//#import sums
+//#import digits
+//#import dot
+//#import product_rows
+//#import last
+//#import quantize
+//#import norm
+//#import gated
+//#import then
+
+struct Params {
+  rows: u32,
+  y_rows: u32,
+  n_blocks: u32,
+  n_segments: u32,  // 1
+  offset: f32,
+  splits: u32,      // 1
+  n_groups: u32,    // of the dispatch
+  dim: u32,         // of x, or hidden_dim
+  eps: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<uniform> table: array<vec4<u32>, 4096>;  // of all classes, and a rest never reached
+@group(0) @binding(2) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> row_info: array<Row>;
+@group(0) @binding(4) var<storage, read> entries: array<u32>;  // the rows' initial states
+@group(0) @binding(5) var<storage, read> outliers: array<u32>;
+@group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
+@group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
+@group(0) @binding(8) var<storage, read_write> y: array<atomic<u32>>;  // f32 (1, y_rows)
+@group(0) @binding(9) var<storage, read_write> arrived: array<atomic<u32>>;
+@group(0) @binding(10) var<storage, read_write> x: array<f32>;  // (dim,)
+@group(0) @binding(11) var<storage, read> weight: array<f32>;
+@group(0) @binding(12) var<storage, read_write> x_digits: array<u32>;
+@group(0) @binding(13) var<storage, read_write> x_scale: array<vec2<f32>>;
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
+  rows_product(group.x * LANES * ROWS + lane);
+  if (last_to_arrive(lane, 0u, params.n_groups)) { then(lane); }
+}

@@ -1,0 +1,28 @@
+// A workgroup's share of W x: lane = row of a 32-row tile, workgroup row = column segment.
+// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, sums.wgsl, dot.wgsl and segments.wgsl.
+
+// The row's segment times every token, the row's scale apart; `tile` and `split` are the workgroup's, `local` the lane's
+// (row of the tile, segment of the workgroup).
+fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
+  let segment = split * segments_per_group + local.y;
+  let entry = entries[segment * params.rows_padded + tile * 32u + local.x];
+  // The stream is on its way before the table, which all must wait for.
+  var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
+  load_table(32u * local.y + local.x, first_entry(row_info[tile * 32u]));
+  var sums = Sums();
+  let end = first_block(segment + 1u);
+  for (var block = first_block(segment); block < end; block++) {
+    let a = decode16(&s);
+    let b = decode16(&s);
+    for (var t = 0u; t < tokens; t++) { sums[t] += block_dot(a, b, t, block); }
+  }
+  // The row's segments share its outliers, wherever these are.
+  let end_k = end_outlier(row);
+  for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
+    let outlier = outliers[k];
+    for (var t = 0u; t < tokens; t++) {
+      sums[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
+    }
+  }
+  return sums;
+}

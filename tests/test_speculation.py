@@ -1,0 +1,572 @@
+"""Speculation changes speed and nothing else: what is drafted, when it pays, what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_model import CHAT_TEMPLATE, tokenizer_json
+
+from engine.device import Device, Readback
+from engine.errors import EngineError
+from engine.generate import Engine
+from engine.kernel import Kernels
+from engine.plan import run
+from engine.sampler import RING, Sampler, Sampling
+from engine.speculate import LOOKUP, MODEL, Draft, Lookup, Policy
+from model.config import ModelConfig
+from model.reference import Reference, sampling_scores
+from weights import layout
+from weights.convert import CalibrationText, convert
+from weights.sources import LazyTensor, Source
+from weights.store import WeightsFile
+
+# Drafts
+
+
+def lookup_after(text: str) -> Lookup:
+    lookup = Lookup()
+    lookup.begin([ord(c) for c in text])
+    return lookup
+
+
+def drafted(lookup: Lookup, n: int) -> str:
+    return "".join(map(chr, lookup.draft(n)))
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "draft"),
+    [
+        ("the cat sat. the c", 6, "at sat"),
+        ("xab1 yab2 zab3 yab", 3, "2 z"),  # the longest match, not the latest
+        ("ab1 ab2 ab", 2, "2 "),  # of equally long ones the latest
+        ("-abcabcabc", 7, "abcabca"),  # a loop goes on into the draft itself
+        ("aaa", 4, "aaaa"),
+    ],
+)
+def test_a_draft_is_what_followed_the_longest_match(text: str, n: int, draft: str) -> None:
+    assert drafted(lookup_after(text), n) == draft
+    grown = lookup_after(text[:1])  # token by token, as an answer grows
+    for c in text[1:]:
+        grown.add(ord(c))
+    assert grown.shares(1) and drafted(grown, n) == draft
+
+
+@pytest.mark.parametrize("text", ["", "a", "ab", "ab cd", "abc bca xb"])
+def test_without_a_match_of_two_tokens_there_is_no_draft(text: str) -> None:
+    assert lookup_after(text).shares(7) == []
+
+
+def test_chances_follow_the_text() -> None:
+    """In a copy every draft is right; where the copied words always go on otherwise, none is."""
+    block = "".join(map(chr, range(100, 400)))
+    lookup = lookup_after(block + block[:3])
+    before = lookup.shares(7)
+    assert before == sorted(before)  # a longer match is the surer one
+    for c in block[3:]:
+        lookup.add(ord(c))
+    assert lookup.shares(1)[0] > 0.99
+
+    lookup = lookup_after("ab")
+    for i in range(40):
+        for token in (1000 + i, ord("a"), ord("b")):
+            lookup.add(token)
+    assert lookup.shares(1)[0] < 0.1
+
+
+# When it pays
+
+
+def simulate(policy: Policy, n_tokens: int, cost: Callable[[Draft], float], right: float) -> float:
+    """Single steps' time over the time that `n_tokens` took; each draft is right with `right`."""
+    rng, lookup_shares, seconds, n = np.random.default_rng(1), [0.9] * 7, 0.0, 0
+    while n < n_tokens:
+        draft = policy.choose({LOOKUP: lookup_shares}, n_tokens - n)
+        if draft is None:
+            policy.stepped(1, 1.0)
+            seconds, n = seconds + 1, n + 1
+        else:
+            n_right = next((i for i in range(draft.n_tokens - 1) if rng.random() >= right), 7)
+            n_right = min(n_right, draft.n_tokens - 1)
+            policy.checked(draft, n_right + 1, cost(draft))
+            seconds, n = seconds + cost(draft), n + n_right + 1
+    return n_tokens / seconds
+
+
+def test_checks_that_pay_are_made() -> None:
+    speed = simulate(Policy((4, 8)), 400, lambda draft: 1 + draft.n_tokens / 8, right=1.0)
+    assert speed > 3.5  # of 4: the first step, and the sizes that were tried
+
+
+@pytest.mark.parametrize("cost", [1.5, 2.5, 6.0, 8.0])
+def test_little_is_lost_though_every_estimate_is_wrong(cost: float) -> None:
+    """The shares promise nine of ten, and none is right."""
+    assert simulate(Policy((4, 8)), 1000, lambda draft: cost, right=0.0) > 0.97
+
+
+def test_dear_checks_are_not_made() -> None:
+    policy = Policy((4, 8))
+    simulate(policy, 100, lambda draft: 9.0, right=1.0)  # nine steps' time for eight tokens
+    assert policy.choose({LOOKUP: [0.99] * 7}, 100) is None
+
+
+def test_a_draft_model_as_slow_as_the_model_is_given_up() -> None:
+    """Though all that it drafts is right."""
+    policy, n_tried = Policy((4, 8)), 0
+    policy.stepped(1, 1.0)
+    for _ in range(200):
+        draft = policy.choose({MODEL: [0.99] * 7}, 100)
+        if draft is None:
+            policy.stepped(1, 1.0)
+        else:
+            n_tried += 1
+            policy.checked(draft, draft.n_tokens, 1.3 * draft.n_tokens)
+    assert n_tried <= 6
+
+
+def test_one_slow_check_does_not_end_speculation() -> None:
+    policy = Policy((4, 8))
+    policy.stepped(1, 1.0)
+    policy.checked(Draft(LOOKUP, 8), 8, 100.0)
+    assert policy.choose({LOOKUP: [0.99] * 7}, 100) == Draft(LOOKUP, 8)
+
+
+def test_a_draft_fits_what_is_wanted_and_what_there_is() -> None:
+    policy = Policy((4, 8))
+    assert policy.choose({LOOKUP: [0.99] * 7}, 100) is None  # no step has been timed
+    policy.stepped(1, 1.0)
+    assert policy.choose({LOOKUP: []}, 100) is None
+    sizes = [policy.choose({LOOKUP: [0.99] * 7}, most) for most in (3, 4, 7, 8)]
+    assert sizes == [None, Draft(LOOKUP, 4), Draft(LOOKUP, 4), Draft(LOOKUP, 8)]
+
+
+def test_a_draft_model_found_wanting_is_tried_again() -> None:
+    policy = Policy((4, 8))
+    policy.stepped(1, 1.0)
+    tries = 0
+    for _ in range(1000):
+        draft = policy.choose({MODEL: [0.01] * 7}, 100)
+        if draft is None:
+            policy.stepped(1, 1.0)
+        else:
+            tries += 1
+            policy.checked(draft, 1, 3.0)
+    assert 3 <= tries <= 1 + 1000 * 0.015 / 1.0
+
+
+# What the GPU keeps of a check
+
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels(Device.open())
+
+
+def checked(
+    sampler: Sampler, state: Any, sampling: Sampling, pos: int, tokens: list[int], rows: int
+) -> tuple[list[int], list[int]]:
+    """A check of `tokens` at `pos`: the tokens that came of it, and the state after it."""
+    values = [pos, len(tokens), RING - 2, sampling.seed, *tokens]
+    sampler.device.write(state, np.array(values + [0] * (12 - len(values)), np.uint32))
+    run(sampler.device, sampler.check[rows])
+    after = [int(n) for n in sampler.device.read(state, np.uint32, (5,))]
+    ring = sampler.device.read(sampler.sampled, np.uint32, (RING,))
+    return [int(ring[i % RING]) for i in range(RING - 2, after[2])], after
+
+
+def check_sampler(kernels: Kernels, logits: np.ndarray) -> tuple[Sampler, Any]:
+    device = kernels.device
+    state = device.empty("state", 48)
+    return Sampler(kernels, state, device.upload("logits", logits), logits.shape[1], (4, 8)), state
+
+
+@gpu
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=1.3, top_k=40, seed=5), Sampling(0.9, 0, 0.9, 0.05, 6)],
+    ids=["greedy", "top_k", "top_p"],
+)
+def test_a_check_draws_as_single_steps_do(kernels: Kernels, sampling: Sampling, rows: int) -> None:
+    rng = np.random.default_rng(2)
+    logits = (rng.normal(size=(8, 301)) * 3).astype(np.float32)
+    sampler, state = check_sampler(kernels, logits)
+    sampler.configure(sampling)
+    pos = 30
+    text = [
+        int(sampling_scores(row, sampling, pos + 1 + i).argmax()) for i, row in enumerate(logits)
+    ]
+    for n_tokens in range(1, rows + 1):
+        for n_right in range(n_tokens):
+            drafts = [7, *text[: n_tokens - 1]]
+            for i in range(n_right + 1, n_tokens):  # wrong, and right again after it
+                if i == n_right + 1:
+                    drafts[i] = (drafts[i] + 1) % 301
+            got, after = checked(sampler, state, sampling, pos, drafts, rows)
+            assert got == text[: n_right + 1]
+            n_sampled = RING - 2 + len(got)
+            assert after == [pos + len(got), 1, n_sampled, sampling.seed, got[-1]]
+
+
+N_VOCAB = 8
+CHI_SQUARE = 24.3  # passed once in 1000 times, with 7 degrees of freedom
+
+
+def random_checks(n_checks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits (4, N_VOCAB), their softmax, and the tokens of checks (n_checks, 4).
+
+    Most drafts are the likeliest token and often right, some are anything.
+    """
+    rng = np.random.default_rng(3)
+    logits = rng.uniform(0, 1, (4, N_VOCAB)).astype(np.float32)
+    logits[:, 3] = 2.6
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    anything = rng.random((n_checks, 4)) < 0.1
+    return logits, p, np.where(anything, rng.integers(0, N_VOCAB, (n_checks, 4)), 3)
+
+
+def assert_softmax(p: np.ndarray, drawn: np.ndarray, n_drawn: np.ndarray) -> None:
+    """Pearson's chi-square for each place in a pass, over the checks that came so far."""
+    for place in range(4):
+        tokens = drawn[n_drawn > place, place]
+        expected = tokens.size * p[place]
+        assert expected.min() > 4
+        counts = np.bincount(tokens, minlength=N_VOCAB)
+        assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE
+
+
+@gpu
+def test_checks_draw_from_the_softmax(kernels: Kernels) -> None:
+    n_checks = 1000
+    logits, p, tokens = random_checks(n_checks)
+    sampler, state = check_sampler(kernels, logits)
+    sampler.configure(Sampling(temperature=1.0))
+    states = np.zeros((n_checks, 12), np.uint32)
+    states[:, :3] = 5, 4, 0
+    states[:, 3] = np.arange(n_checks)  # the seeds
+    states[:, 4:8] = tokens
+    device = kernels.device
+    given = device.upload("states", states)
+    rings, counts = device.empty("rings", 16 * n_checks), device.empty("counts", 4 * n_checks)
+    encoder = device.wgpu.create_command_encoder()
+    for i in range(n_checks):
+        encoder.copy_buffer_to_buffer(given, 48 * i, state, 0, 48)
+        compute_pass = encoder.begin_compute_pass()
+        sampler.check[4].replay(compute_pass)
+        compute_pass.end()
+        encoder.copy_buffer_to_buffer(sampler.sampled, 0, rings, 16 * i, 16)
+        encoder.copy_buffer_to_buffer(state, 8, counts, 4 * i, 4)
+    device.queue.submit([encoder.finish()])
+    drawn = device.read(rings, np.uint32, (n_checks, 4))
+    assert_softmax(p, drawn, device.read(counts, np.uint32, (n_checks,)))
+
+
+def test_the_rule_draws_from_the_softmax() -> None:
+    """The same over more draws of the oracle, which the kernel is held to above."""
+    logits, p, tokens = random_checks(10_000)
+    drawn = np.zeros(tokens.shape, np.int64)
+    n_drawn = np.zeros(len(tokens), np.int64)
+    for i, check in enumerate(tokens):
+        sampling, right = Sampling(temperature=1.0, seed=i), True
+        while right and n_drawn[i] < 4:
+            place = n_drawn[i]
+            token = drawn[i, place] = sampling_scores(logits[place], sampling, 6 + place).argmax()
+            n_drawn[i] += 1
+            right = place < 3 and check[place + 1] == token
+    assert n_drawn.sum() > 18_000
+    assert_softmax(p, drawn, n_drawn)
+
+
+# Whole engines
+
+EXACT = 5e-5  # as in test_engine.py
+CONTEXT = 200
+N_ANSWER = 50
+SAMPLED = Sampling(temperature=0.4, seed=3)
+
+
+def random_source(config: ModelConfig, seed: int) -> Source:
+    """Rows of length 1: activations neither vanish nor explode on the way."""
+    rng = np.random.default_rng(seed)
+    tensors = {name: rng.normal(1, 0.2, config.dim) for name in layout.vectors(config)}
+    for matrix in layout.matrices(config):
+        for name, rows in matrix.parts:
+            tensors[name] = rng.normal(0, matrix.cols**-0.5, (rows, matrix.cols))
+    lazy = {name: LazyTensor(w.shape, partial(np.float32, w)) for name, w in tensors.items()}
+    return Source("random", config, lazy, tokenizer_json(), CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def files(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig
+) -> dict[str, WeightsFile]:
+    folder = tmp_path_factory.mktemp("models")
+    config = dataclasses.replace(tiny_config, max_seq_len=256)
+    small = dataclasses.replace(config, n_layers=1, hidden_dim=40)
+    files = {}
+    for seed, (name, size) in enumerate({"model": config, "other": small}.items()):
+        path = folder / f"{name}.safetensors"
+        source = random_source(size, seed)
+        convert(source, path, 6, embed_bits=6, text=CalibrationText(0), progress=False)
+        files[name] = WeightsFile.open(path)
+    return files
+
+
+def open_engine(files: dict[str, WeightsFile], adapter: str, draft: str | None = None) -> Engine:
+    device = Device.open()
+    device.software = adapter == "software"
+    drafts = files[draft] if draft else None
+    return Engine(files["model"], device, exact=True, context=CONTEXT, draft=drafts)
+
+
+@pytest.fixture(scope="module", params=["software", "gpu"])
+def adapter(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(files: dict[str, WeightsFile], adapter: str) -> Engine:
+    return open_engine(files, adapter)
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    tokens: list[int] = np.random.default_rng(1).integers(3, 97, 29).tolist()
+    return tokens
+
+
+class Eager(Policy):
+    """Checks whatever there is, as large as it may be; notes what was checked."""
+
+    def __init__(self) -> None:
+        super().__init__((4, 8))
+        self.made: list[Draft] = []
+
+    def choose(self, shares: dict[str, list[float]], most: int) -> Draft | None:
+        for source in (MODEL, LOOKUP):
+            sizes = [n for n in (4, 8) if n <= most and n <= len(shares.get(source, [])) + 1]
+            if sizes:
+                return Draft(source, sizes[-1])
+        return None
+
+    def checked(self, draft: Draft, n_tokens: int, seconds: float) -> None:
+        self.made.append(draft)
+
+
+class Told(Lookup):
+    """Knows the text, and tells it with every seventh token wrong."""
+
+    def __init__(self, text: list[int]) -> None:
+        self.text = [*text, *[0] * 8]
+        super().__init__()
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self.n = len(tokens)
+
+    def add(self, token: int) -> None:
+        self.n += 1
+
+    def shares(self, n: int) -> list[float]:
+        return [0.9] * n if self.n % 5 else []  # now and then it knows nothing
+
+    def draft(self, n: int) -> list[int]:
+        places = range(self.n, self.n + n)
+        return [self.text[i] if i % 7 else (self.text[i] + 1) % 97 for i in places]
+
+
+def told(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: list[int]) -> Eager:
+    """From now on the engine checks drafts of `text`."""
+    policy = Eager()
+    monkeypatch.setattr(engine, "_policy", policy)
+    monkeypatch.setattr(engine, "_lookup", Told(text))
+    return policy
+
+
+def assert_drawn(
+    reference: Reference, prompt: list[int], answer: list[int], sampling: Sampling
+) -> None:
+    """Each token is what the oracle draws, or as good for all that EXACT can tell."""
+    logits = reference.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
+    for i, token in enumerate(answer):
+        scores = sampling_scores(logits[i], sampling, len(prompt) + i)
+        assert scores[token] >= scores.max() - 3 * EXACT / (sampling.temperature or 1)
+
+
+@gpu
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_the_text_is_that_of_single_steps(
+    engine: Engine,
+    files: dict[str, WeightsFile],
+    prompt: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: Sampling,
+) -> None:
+    plain = list(engine.generate(prompt, N_ANSWER, sampling, stop_ids=(), speculate=False))
+    policy = told(engine, monkeypatch, [*prompt, *plain])
+    generation = engine.generate(prompt, N_ANSWER, sampling, stop_ids=())
+    answer = list(generation)
+    reference = Reference.from_weights(files["model"], cache_dtype=np.float32)
+    assert_drawn(reference, prompt, answer, sampling)
+    # Passes of several tokens add in the same order as single ones, but for the GPU's: a tie
+    # within rounding is all that may differ, and this seed has none.
+    assert answer == plain
+    stats = generation.stats
+    assert stats.checks == len(policy.made) > 5
+    assert stats.drafted_tokens == sum(draft.n_tokens - 1 for draft in policy.made)
+    assert stats.drafted_tokens > stats.accepted_tokens > stats.drafted_tokens / 2
+    assert stats.generated_tokens == N_ANSWER and stats.finish_reason == "length"
+    # The cache holds what was read and nothing else.
+    following = engine.generate([*prompt, *answer, 5], 1, sampling, stop_ids=())
+    assert_drawn(reference, [*prompt, *answer, 5], list(following), sampling)
+    assert following.stats.reused_tokens == len(prompt) + N_ANSWER - 1
+
+
+@gpu
+def test_where_nothing_matches_nothing_is_checked(engine: Engine) -> None:
+    generation = engine.generate(list(range(3, 60)), 2, stop_ids=())
+    assert len(list(generation)) == 2
+    assert generation.stats.checks == generation.stats.drafted_tokens == 0
+
+
+@gpu
+@pytest.mark.parametrize("room", [1, 2, 3, 7, 8, 9])
+def test_checks_stay_within_the_context(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    long = (prompt * 9)[: CONTEXT + 1 - room]
+    plain = list(engine.generate(long, 99, stop_ids=(), speculate=False))
+    policy = told(engine, monkeypatch, [*long, *plain])
+    generation = engine.generate(long, 99, stop_ids=())
+    assert list(generation) == plain and len(plain) == room
+    assert generation.stats.finish_reason == "context"
+    assert policy.made or room < 9  # (a GPU has seven tokens under way before it knows the first)
+
+
+@gpu
+def test_an_answer_ends_within_a_check(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a stop id among the accepted tokens, when closed or interrupted: the cache is right."""
+    answer = list(engine.generate(prompt, N_ANSWER, stop_ids=(), speculate=False))
+    told(engine, monkeypatch, [*prompt, *answer])
+    stop = answer[-1]
+    generation = engine.generate(prompt, N_ANSWER, stop_ids=[stop])
+    assert list(generation) == answer[: answer.index(stop)]
+    assert generation.stats.finish_reason == "stop"
+    for n_read in (2, 7, 23):
+        generation = engine.generate(prompt, N_ANSWER, stop_ids=())
+        assert list(itertools.islice(generation, n_read)) == answer[:n_read]
+        generation.close()
+        again = engine.generate([*prompt, *answer[:n_read]], N_ANSWER - n_read, stop_ids=())
+        assert list(again) == answer[n_read:]
+        assert again.stats.reused_tokens == len(prompt) + n_read - 1
+
+    read, n_reads = Readback.read, itertools.count()
+
+    def interrupted(self: Readback) -> np.ndarray:
+        if next(n_reads) == 8:
+            raise KeyboardInterrupt
+        return read(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Readback, "read", interrupted)
+        list(engine.generate(prompt, N_ANSWER, stop_ids=()))
+    assert list(engine.generate(prompt, N_ANSWER, stop_ids=())) == answer
+
+
+@pytest.fixture(scope="module")
+def pairs(files: dict[str, WeightsFile], adapter: str) -> Callable[[str], Engine]:
+    return functools.cache(lambda draft: open_engine(files, adapter, draft))
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("draft", "sampling"),
+    [("model", Sampling()), ("model", SAMPLED), ("other", SAMPLED)],
+    ids=["same greedy", "same sampled", "other sampled"],
+)
+def test_a_draft_model_leaves_the_text_as_it_is(
+    pairs: Callable[[str], Engine],
+    engine: Engine,
+    prompt: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    draft: str,
+    sampling: Sampling,
+) -> None:
+    """The same model is always right, as both draw with the same noise; another one seldom is."""
+    plain = list(engine.generate(prompt, N_ANSWER, sampling, stop_ids=(), speculate=False))
+    pair = pairs(draft)
+    assert pair.memory().total_bytes == pair.device.allocated_bytes
+    policy = told(pair, monkeypatch, [])  # (from the model, as long as that has room)
+    generation = pair.generate(prompt, N_ANSWER, sampling, stop_ids=())
+    assert list(generation) == plain
+    stats = generation.stats
+    if draft == "model":
+        assert stats.accepted_tokens == stats.drafted_tokens > 0
+        assert [made.n_tokens for made in policy.made] == [8] * 6
+    else:
+        assert stats.accepted_tokens < stats.drafted_tokens / 2
+    # A second turn: both caches go on from what they hold.
+    turn = [*prompt, *plain, 7, 8, 9]
+    other = dataclasses.replace(sampling, temperature=0.6, seed=9)
+    plain = list(engine.generate(turn, 20, other, stop_ids=(), speculate=False))
+    generation = pair.generate(turn, 20, other, stop_ids=())
+    assert list(generation) == plain
+    if draft == "model":
+        assert generation.stats.accepted_tokens == generation.stats.drafted_tokens > 0
+
+
+@gpu
+def test_a_draft_model_of_another_tokenizer_is_refused(
+    files: dict[str, WeightsFile], tmp_path: Path
+) -> None:
+    changed = files["other"].tokenizer_json.replace(b'"#"', b'"\\u00e9"', 1)
+    other = dataclasses.replace(files["other"], tokenizer_json=changed)
+    with pytest.raises(EngineError, match=r"other.safetensors: cannot draft for .*model.safetens"):
+        Engine(files["model"], Device.open(), draft=other)
+
+
+# A full context
+
+
+@gpu
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_a_full_context_slides(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    """As if what is kept had been given as a prompt, over and over, with other noise each time."""
+    monkeypatch.setattr(engine, "context", 40)
+    text, want, seed = list(prompt), [], sampling.seed
+    for _ in range(4):
+        each = dataclasses.replace(sampling, seed=seed)
+        answer = list(engine.generate(text, 99, each, stop_ids=(), speculate=False))
+        assert len(text) + len(answer) == 41  # the last one needs no place
+        want += answer
+        text = [*text, *answer]
+        text = [*text[:5], *text[-20:]]  # an eighth and a half
+        seed = (seed + 0x9E3779B9) % 2**32
+    told(engine, monkeypatch, [*prompt, *want])
+    for n, slides in ((len(want), 3), (len(want) - 1, 3), (12, 0), (13, 1)):
+        generation = engine.generate(prompt, n, sampling, stop_ids=(), slide=True)
+        assert list(generation) == want[:n]
+        assert generation.stats.slides == slides
+        assert generation.stats.finish_reason == "length"
+        assert generation.stats.prompt_tokens == len(prompt)
+
+
+@gpu
+@pytest.mark.parametrize("context", [1, 2, 9])
+def test_the_least_contexts_slide(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, context: int
+) -> None:
+    monkeypatch.setattr(engine, "context", context)
+    assert len(list(engine.generate([7], 30, stop_ids=(), slide=True))) == 30
