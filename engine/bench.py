@@ -18,17 +18,25 @@ import dataclasses
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.bench_kernels import SHAPES, bench_kernels
+from engine.bench_kernels import markdown as kernels_markdown
+from engine.device import Device
 from engine.errors import EngineError
 from engine.generate import Engine, Stats
+from engine.profile import markdown as profile_markdown
+from engine.profile import profile
 from weights.bits import parse_bits
 from weights.cache import DEFAULT_MODEL
+from weights.synthetic import shape, write_synthetic
 
 _WARM_UP_SECONDS = 0.5
 
@@ -295,20 +303,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
     add("--speculation", action="store_true", help="tasks with and without guessed tokens")
     add("--draft", metavar="MODEL", help="a smaller model that guesses for this one")
+    shape_help = "random weights at --bits (3.1) in this shape (8b, 1b, 135m or a config.json)"
+    add("--shape", metavar="NAME", help=f"in place of a model, {shape_help}")
+    add("--profile", action="store_true", help="where a token's time goes, by kernel")
+    kernels_help = "matvecs alone at --bits (3), coded beside uncompressed; no model"
+    add("--kernels", action="store_true", help=kernels_help)
+    add("--tokens", type=int, nargs="*", default=[1], metavar="N", help="of those, 1 to 8 (1)")
     a = parser.parse_args(arguments)
     if min([a.repeats, *a.pp]) < 1 or min(a.tg, default=2) < 2 or min(a.depth, default=0) < 0:
         parser.error("--repeats and --pp take 1 or more, --tg 2 or more, --depth 0 or more")
+    if (a.kernels or a.shape) and a.bits == "lossless":
+        parser.error("--kernels and --shape take a number for --bits")
     try:
-        engine = Engine.open(
-            a.model,
-            exact=a.exact,
-            context=a.context,
-            adapter=a.adapter,
-            bits=a.bits,
-            draft=a.draft,
-        )
+        if a.kernels:
+            return _bench_kernels(a.adapter, a.bits or 3.0, a.tokens)
+        engine = _open(a)
         rows = bench(engine, a.pp, a.tg, a.depth, a.repeats)
         tasks = bench_speculation(engine, 200, a.repeats) if a.speculation else []
+        launches = profile(engine) if a.profile else []
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -320,9 +332,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tasks:
         print(_speculation_markdown(tasks))
         print()
+    if launches:
+        print(profile_markdown(launches))
+        print()
     about["rows"] = [dataclasses.asdict(row) for row in rows]
     about["speculation"] = [dataclasses.asdict(task) for task in tasks]
+    about["profile"] = [dataclasses.asdict(launch) for launch in launches]
     print(json.dumps(about))
+    return 0
+
+
+def _open(a: argparse.Namespace) -> Engine:
+    options: dict[str, Any] = dict(
+        exact=a.exact, context=a.context, adapter=a.adapter, draft=a.draft
+    )
+    if a.shape is None:
+        return Engine.open(a.model, bits=a.bits, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "synthetic.safetensors"
+        write_synthetic(shape(a.shape), path, a.bits or 3.1)
+        return Engine.open(path, **options)
+
+
+def _bench_kernels(adapter: str | None, bits: float, tokens: Sequence[int]) -> int:
+    device = Device.open(adapter)
+    rows = list(bench_kernels(device, SHAPES, bits, tokens))
+    print(f"{device.name}, {time.strftime('%Y-%m-%d')}\n\n{kernels_markdown(rows)}\n")
+    print(json.dumps({"adapter": device.name, "rows": [dataclasses.asdict(row) for row in rows]}))
     return 0
 
 

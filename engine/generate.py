@@ -11,6 +11,7 @@ import numpy as np
 from engine.device import Device, Readback
 from engine.errors import EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
+from engine.kernel import Dispatch
 from engine.memory import Memory, check_room, no_room
 from engine.plan import Plan, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
@@ -80,6 +81,9 @@ class Engine:
         # Tokens of a prompt that are queued at once: Ctrl-C is heard between such batches.
         self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
+        self._check_readback = Readback(device, "readback.check", 4 * RING + 4)
+        # Of checks of n tokens: commands to be submitted, and the buffer that they read back into.
+        self._recorded: dict[int, tuple[Any, Any]] = {}
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
@@ -124,6 +128,13 @@ class Engine:
         model = self._model
         matrices = [model.lm_head, *(m for layer in model.blocks for m in layer.matrices)]
         return sum(matrix.read_bytes for matrix in matrices)
+
+    def step_dispatches(self) -> list[Dispatch]:
+        """The launches of a step, for benchmarks: run out of their order they spoil the cache."""
+        self._stop_active()
+        self._cached = []
+        self._model.write_state(0, [0])
+        return [dispatch for plan in self._step for dispatch in plan.dispatches]
 
     def gpu_seconds(self, n_steps: int) -> float | None:
         """GPU time of `n_steps` tokens more after the last generation; None without timestamps.
@@ -277,11 +288,33 @@ class Engine:
     def _finish(self, encoder: Any) -> Readback:
         readback = self._readbacks[0]
         self._readbacks.reverse()
-        target = readback.claim()
-        encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
-        encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
+        self._read_ring(encoder, readback.claim())
         self.device.queue.submit([encoder.finish()])
         return readback
+
+    def _read_ring(self, encoder: Any, target: Any) -> None:
+        encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
+        encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
+
+    def _submit_check_pass(self, n: int) -> Readback:
+        """Queue a check of the n tokens in the state.
+
+        Its commands are the same whatever is checked, and to record them takes as long as half of
+        the pass on a fast GPU: so the next ones are recorded while this one runs.
+        """
+        target = self._check_readback.claim()
+        commands, into = self._recorded.pop(n, (None, None))
+        if into is not target:
+            commands = self._record_check(n, target)
+        self.device.queue.submit([commands])
+        self._recorded[n] = self._record_check(n, target), target
+        return self._check_readback
+
+    def _record_check(self, n: int, target: Any) -> Any:
+        encoder = self.device.wgpu.create_command_encoder()
+        _encode(encoder, self._check_pass[n])
+        self._read_ring(encoder, target)
+        return encoder.finish()
 
     def _submit_check(
         self, draft: Draft, token: int, sampling: Sampling, n_sampled: int
@@ -291,7 +324,7 @@ class Engine:
         if draft.source == LOOKUP:
             tokens = [token, *self._lookup.draft(n - 1)]
             self._model.write_state(pos, tokens, sampling.seed, n_sampled)
-            return self._submit(self._check_pass[n])
+            return self._submit_check_pass(n)
         assert self._draft is not None
         if self._draft._cached != self._cached:
             self._draft._read_prompt(self._cached, sampling, draw=False)

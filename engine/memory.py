@@ -9,6 +9,7 @@ from engine.errors import DeviceError
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.llama import MAX_TOKENS
+from model.prompt import DECODED_BYTES, MAX_CHUNK, SOFTWARE_CHUNK
 from weights import layout
 from weights.store import WeightsFile
 
@@ -49,7 +50,19 @@ def planned(weights: WeightsFile, device: Device, context: int, exact: bool) -> 
     on_device = stored * 21 // 20 + 48 * sum(rows) + tables
     activations = 4 * MAX_TOKENS * (c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim))
     rope = 4 * context * c.head_dim * (2 if c.unrotated_layers else 1)
-    return Memory(on_device, _cache_bytes(c, context, exact), activations + rope)
+    scratch = activations + rope
+    if not exact and not weights.lossless:
+        scratch += _prompt_bytes(c, device, context)
+    return Memory(on_device, _cache_bytes(c, context, exact), scratch)
+
+
+def _prompt_bytes(config: ModelConfig, device: Device, context: int) -> int:
+    """Of passes over many tokens: their activations, and the matrix that they decode."""
+    c, splits = config, 1 if device.software else 4
+    tokens = min(SOFTWARE_CHUNK if device.software else MAX_CHUNK, -(-context // 128) * 128)
+    of_token = 4 * (3 * c.dim + 2 * c.q_dim + 2 * c.kv_dim + 3 * c.hidden_dim)
+    of_token += 4 * splits * c.n_heads * (c.head_dim + 2)
+    return tokens * of_token + min(DECODED_BYTES, 2 * c.hidden_dim * c.dim)
 
 
 def _cache_bytes(config: ModelConfig, context: int, exact: bool) -> int:

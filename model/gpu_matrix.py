@@ -41,8 +41,8 @@ from model.gpu_layout import (
 FLOAT = 4  # bytes of an activation, for which there are n_digits otherwise
 _MAX_TABLE = 4096  # states of one table
 
-# Lanes that fill a large GPU (an H100 holds 270k, of this kernel 200k), and the longest segment.
-_LANES_WANTED = 1 << 16
+# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment.
+_LANES_WANTED = 1 << 17
 _MAX_SEGMENT_BLOCKS = 8
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 

@@ -30,7 +30,7 @@ _ROWS = 32  # pairs of token and head in a workgroup: shaders/attention_prompt.w
 _MAX_HALF = 64  # of half_padded, there
 _WEIGHT_BYTES = 6144  # of weights and maxima, there
 _GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
-_BYTES = 64 << 20  # decoded at a time: any matrix of an 8B model, or half of one
+DECODED_BYTES = 64 << 20  # decoded at a time: any matrix of an 8B model, or half of one
 _PART = 100  # launches that are submitted at once
 
 
@@ -82,7 +82,9 @@ class Prompt:
         self.gate_up = device.empty("prompt.gate_up", 4 * n * 2 * c.hidden_dim)
         self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
         self.down = device.empty("prompt.down", 4 * n * c.dim)
-        self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
+        self.bytes = device.empty(
+            "prompt.bytes", min(DECODED_BYTES, max(m.n_bytes for m in matrices))
+        )
         self._layer_steps = list(self._layers())
         self._plans: dict[int, list[Plan]] = {}
         self.last_head = Plan(self._last_head())

@@ -428,7 +428,7 @@ def test_a_matvec_does_what_comes_then(
     gated: bool,
     whole_rows: bool,
 ) -> None:
-    """On the very y that it leaves, which is the plain matvec's; twice, for its count begins anew."""
+    """On the very y that it leaves, the plain matvec's; twice, for its count begins anew."""
     monkeypatch.setattr(kernels.device, "software", whole_rows)
     device, eps = kernels.device, 1e-5
     m = coded(rng, rows, 333, 2.5, 11)

@@ -124,12 +124,12 @@ def test_interrupts_are_heard_between_passes(
 ) -> None:
     engine = engine_on("software", "plain")
     engine.logits(tokens[-1:])
-    waits: list[int] = []
+    waits: list[Any] = []
     submit = engine._submit
 
-    def counted(n_steps: int) -> Any:
-        waits.append(n_steps)
-        return submit(n_steps)
+    def counted(*plans: Any) -> Any:
+        waits.append(plans)
+        return submit(*plans)
 
     monkeypatch.setattr(engine, "_submit", counted)
     (_,) = engine.generate(tokens[:180], 1, stop_ids=())

@@ -1,0 +1,58 @@
+"""Where a token's time goes: each kind of launch of the token step by itself, and the whole.
+
+Part of `python -m engine.bench` (--profile).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.bench_kernels import time_dispatches
+from engine.errors import DeviceError
+from engine.generate import Engine
+from engine.kernel import Dispatch
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """Launches of one kernel in one grid. The last row, `step`, is all of them in their order."""
+
+    kernel: str
+    workgroups: tuple[int, int, int]
+    launches: int  # a token
+    microseconds: float  # each, barrier included: median
+    microseconds_per_token: float
+
+
+def profile(engine: Engine) -> list[ProfileRow]:
+    """A row for each kernel and grid, in the order of the step, then the whole step.
+
+    DeviceError without timestamps. What the cache held is lost.
+    """
+    if not engine.device.timestamps:
+        raise DeviceError(f"{engine.adapter_name}: has no timestamps to measure kernels with")
+    dispatches = engine.step_dispatches()
+    groups: dict[tuple[str, tuple[int, int, int]], list[Dispatch]] = {}
+    for dispatch in dispatches:
+        groups.setdefault((dispatch.kernel.name, dispatch.workgroups), []).append(dispatch)
+    rows = []
+    for (kernel, workgroups), group in [*groups.items(), (("step", (0, 0, 0)), dispatches)]:
+        each = 1e6 * time_dispatches(engine.device, group)[0]
+        rows.append(ProfileRow(kernel, workgroups, len(group), each, each * len(group)))
+    return rows
+
+
+def markdown(rows: Sequence[ProfileRow]) -> str:
+    whole = rows[-1].microseconds_per_token
+    lines = [
+        "| kernel | workgroups | launches a token | µs each | µs a token | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        grid = " x ".join(map(str, row.workgroups)) if row is not rows[-1] else ""
+        lines.append(
+            f"| {row.kernel} | {grid} | {row.launches} | {row.microseconds:.1f} "
+            f"| {row.microseconds_per_token:.0f} | {row.microseconds_per_token / whole:.0%} |"
+        )
+    return "\n".join(lines)
