@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import EngineError
+from weights.bits import parse_bits
 
 if TYPE_CHECKING:
     from engine import Engine, Sampling
@@ -518,11 +519,6 @@ def _within(kind: type[float], low: float, high: float = 2**32 - 1) -> Callable[
     return parse
 
 
-def _bits(text: str) -> float | str:
-    """An argparse type: a rate, or the word for all of the weights' bits."""
-    return text if text == "lossless" else _within(float, 1, 16)(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="answer chat",
@@ -534,7 +530,7 @@ def _parser() -> argparse.ArgumentParser:
     model = "weights file or name of a model (smollm2)"
     add("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=model)
     add("--model", default="smollm2", metavar="MODEL", help="the same")
-    add("--bits", type=_bits, help="stored bits per weight, or lossless, when it is converted")
+    add("--bits", type=parse_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=count, metavar="N", help="tokens of prompt and answer together")
     overflow = (
         "full context: end the answer (stop), or read its latest half again and go on (slide)"

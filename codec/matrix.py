@@ -87,7 +87,8 @@ class CodedMatrix:
     @property
     def stored_bits(self) -> int:
         """Bits of all that a file holds for this matrix."""
-        words = self.words.size + self.outliers.size + pack_side(self).size
+        outliers = side.pack_outliers(self.outliers, self.cols)
+        words = self.words.size + outliers.size + pack_side(self).size
         return 32 * words + 16 * self.marginals.size
 
     @property

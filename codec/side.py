@@ -1,4 +1,5 @@
-"""The side information of a matrix's rows as one stack of ANS words, coded with constriction.
+"""What is stored of a matrix beside its streams, as stacks of ANS words, coded with constriction:
+one of the rows, one of the outliers.
 
 Integers follow a bell with heavy tails, p(k) ~ (1 + ((k - center) / width)^2)^-2, one for each
 class of rows: a Gaussian would need exp, which machines round differently, and a reader must
@@ -27,6 +28,7 @@ _WIDTHS = np.exp2(np.arange(-8, 12))  # of a bell, in bins
 # Before the integers stand low (upper half, lower half), shift and number of bins - 2, each uniform
 # below these; before those of a class the bell's center, below the number of bins, and the index of
 # its width.
+_MAX_DIGITS = 16  # binary ones, of an outlier's upper half
 _HEADER = (1 << 16, 1 << 16, 21, _MAX_BINS - 1)
 
 
@@ -86,6 +88,60 @@ def unpack(words: npt.NDArray[np.uint32], rows: int, n_classes: int, log2_states
     if scale_log2.max() > scale.LARGEST:
         raise ValueError(f"side information: a scale of 2^({scale_log2.max()} / 8)")
     return Rows(classes, lengths, states, outlier_counts, scale_log2.astype(np.int16))
+
+
+def pack_outliers(outliers: npt.NDArray[np.uint32], cols: int) -> npt.NDArray[np.uint32]:
+    """Columns, below `cols`, + upper halves * 2^16, in any order -> words, none for none.
+
+    An upper half, taken as a two's complement, is coded as the number of its digits, their first
+    one being sure, and sign.
+    """
+    if not outliers.size:
+        return outliers
+    half = (outliers >> 16).astype(np.uint16).view(np.int16).astype(np.int64)
+    size = np.abs(half)
+    digits = _digits(size)
+    coder = _Coder()
+    for n in range(_MAX_DIGITS, 1, -1):
+        rest = size[digits == n] - (1 << n - 1)
+        coder.encode_reverse(rest.astype(np.int32), _Uniform(1 << n - 1))
+    coder.encode_reverse((half < 0).astype(np.int32), _Uniform(2))
+    _push(coder, digits, [np.arange(half.size)])
+    coder.encode_reverse((outliers & 0xFFFF).astype(np.int32), _Uniform(max(2, cols)))
+    words: npt.NDArray[np.uint32] = coder.get_compressed()
+    return words
+
+
+def unpack_outliers(words: npt.NDArray[np.uint32], n: int, cols: int) -> npt.NDArray[np.uint32]:
+    """The inverse of `pack_outliers` of n outliers. ValueError: the words do not hold these."""
+    if n == 0:
+        if words.size:
+            raise ValueError(f"outliers: {words.size} words for none of them")
+        return words
+    try:
+        coder = _Coder(words)
+    except ValueError as error:
+        raise ValueError(f"outliers: {error}") from error
+    column = coder.decode(_Uniform(max(2, cols)), n).astype(np.uint32)
+    digits = _pop(coder, [np.arange(n)])
+    if digits.max() > _MAX_DIGITS:
+        raise ValueError(f"outliers: one of {digits.max()} digits, expected {_MAX_DIGITS} at most")
+    negative = coder.decode(_Uniform(2), n).astype(bool)
+    half = (digits > 0).astype(np.int64)
+    for d in range(2, _MAX_DIGITS + 1):
+        members = np.flatnonzero(digits == d)
+        rest = coder.decode(_Uniform(1 << d - 1), members.size).astype(np.int64)
+        half[members] = rest + (1 << d - 1)
+    if not coder.is_empty():
+        raise ValueError(f"outliers: their {words.size} words do not end after {n} of them")
+    half[negative] *= -1
+    outliers: npt.NDArray[np.uint32] = column | (half & 0xFFFF).astype(np.uint32) << np.uint32(16)
+    return outliers
+
+
+def _digits(size: IntArray) -> IntArray:
+    """How many binary ones a number has, none if it is 0."""
+    return np.frexp(size)[1].astype(np.int64)
 
 
 def _push(coder: Any, values: IntArray, of_class: list[IntArray]) -> None:

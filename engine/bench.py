@@ -34,8 +34,8 @@ from engine.errors import EngineError
 from engine.generate import Engine, Stats
 from engine.profile import markdown as profile_markdown
 from engine.profile import profile
+from weights.bits import parse_bits
 from weights.cache import DEFAULT_MODEL
-from weights.convert import parse_bits
 from weights.synthetic import shape, write_synthetic
 
 _WARM_UP_SECONDS = 0.5

@@ -20,8 +20,8 @@ from engine.speculate import LOOKUP, Chance, Draft, Lookup, Policy
 from engine.tokenizer import Tokenizer
 from model.kv_cache import KVCache
 from model.llama import CHECK_TOKENS, Llama
+from weights.bits import Bits
 from weights.cache import resolve
-from weights.convert import Bits
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096

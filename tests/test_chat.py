@@ -143,7 +143,7 @@ def test_defaults_are_the_default_model_and_another_seed_each_time(use):
         (["-n", "0"], "expected a whole number from 1 to"),
         (["-n", "1.5"], "found 1.5"),
         (["--context", "-3"], "argument --context"),
-        (["--bits", "0.5"], "expected a number from 1 to 16"),
+        (["--bits", "0.2"], "expected 0.25 to 8, or lossless, found 0.2"),
         (["-t", "-1"], "expected a number from 0 to 100"),
         (["-t", "nan"], "found nan"),
         (["-t", "inf"], "found inf"),

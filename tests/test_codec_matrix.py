@@ -23,6 +23,7 @@ from codec.matrix import (
     pack_side,
 )
 from codec.scale import ZERO
+from codec.side import pack_outliers
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "codec_words.json").read_text())
 
@@ -264,7 +265,7 @@ def test_side_information_round_trip(rows):
 
 def test_stored_bits_count_every_array():
     m = coded()
-    arrays = (m.words, m.marginals, pack_side(m), m.outliers)
+    arrays = (m.words, m.marginals, pack_side(m), pack_outliers(m.outliers, m.cols))
     assert m.stored_bits == 8 * sum(a.nbytes for a in arrays)
     assert m.bits_per_weight == m.stored_bits / (33 * 70)
     assert m.payload_bits == m.row_bits.sum()

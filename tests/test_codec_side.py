@@ -78,3 +78,41 @@ def test_classes_without_rows_are_refused():
     words = side.pack(rows_of(np.arange(400), 3, 12), 3, 12)
     with pytest.raises(ValueError, match="expected some in each"):
         side.unpack(words, 60, 3, 12)
+
+
+outliers = st.lists(st.integers(0, 2**32 - 1), max_size=60)
+
+
+@given(outliers, st.integers(1, 2**16 - 1))
+def test_outliers_come_back(values, cols):
+    given_ = np.array([(v >> 16 << 16) | (v & 0xFFFF) % cols for v in values], np.uint32)
+    words = side.pack_outliers(given_, cols)
+    assert words.dtype == np.uint32 and (values or not words.size)
+    assert np.array_equal(side.unpack_outliers(words, len(values), cols), given_)
+
+
+def test_cost_of_usual_outliers():
+    """Columns take log2(cols), signs 1; geometric sizes 3.1, coded by digits half a bit more."""
+    rng = np.random.default_rng(7)
+    half = (rng.geometric(0.3, 5000) * rng.choice([-1, 1], 5000)).astype(np.int16).view(np.uint16)
+    given_ = rng.integers(0, 1536, 5000).astype(np.uint32) | half.astype(np.uint32) << 16
+    assert side.pack_outliers(given_, 1536).size * 32 / 5000 < np.log2(1536) + 1 + 3.1 + 0.5
+
+
+@given(outliers, st.integers(0, 50), st.integers(1, 300))
+def test_any_words_are_outliers_or_refused(words, n, cols):
+    try:
+        got = side.unpack_outliers(np.array(words, np.uint32), n, cols)
+    except ValueError:
+        return
+    assert got.shape == (n,) and (got & 0xFFFF < max(2, cols)).all()
+
+
+def test_outliers_left_over_are_refused():
+    words = side.pack_outliers(np.arange(400, dtype=np.uint32) << 16, 500)
+    with pytest.raises(ValueError, match="do not end after 400"):
+        side.unpack_outliers(np.append(words[:1], words), 400, 500)
+    with pytest.raises(ValueError, match="digits"):
+        side.unpack_outliers(words, 100, 500)
+    with pytest.raises(ValueError, match="words for none"):
+        side.unpack_outliers(words, 0, 500)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     ],
     "model/config.py": ["engine.errors"],
     "model/reference.py": ["model.config", "weights", "codec", "engine.sampler"],
-    "chat.py": ["engine", "weights.cache"],
+    "chat.py": ["engine", "weights.bits", "weights.cache"],
 }
 
 

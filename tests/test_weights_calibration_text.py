@@ -110,6 +110,17 @@ def test_sampling_begins_with_what_the_model_has(
     assert (first == opening).all() if opening is not None else len(set(first)) > 1
 
 
+def test_every_second_text_has_an_opening(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, CONFIG)
+    openings = [[5, 6, 7], [8], [9] * 30]
+    tokens = sample_tokens(source, 9, 20, openings)
+    plain = sample_tokens(source, 9, 20)
+    assert np.array_equal(tokens[::2], plain[::2])
+    assert tokens[1::2, :3].tolist()[0] == tokens[7, :3].tolist() == [5, 6, 7]
+    assert tokens[3, 0] == 8 and (tokens[5] == 9).all()
+    assert not np.array_equal(tokens[1, 3:], tokens[7, 3:])  # what follows is the model's own
+
+
 def test_colder_sampling_is_likelier(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, CONFIG)
     reference = Reference.from_source(source)

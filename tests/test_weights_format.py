@@ -22,6 +22,7 @@ from codec.matrix import (
     encode_matrix,
     pack_side,
 )
+from codec.side import pack_outliers
 from codec.table import decode_tables
 
 FORMAT = (Path(weights.__file__).parent / "FORMAT.md").read_text("utf-8")
@@ -49,7 +50,7 @@ def test_format_example_is_what_the_code_makes(example: dict[str, Any], coded: C
     assert {field: getattr(coded, field) for field in fields} == {f: example[f] for f in fields}
     assert hexadecimal(coded.words) == example["words"]
     assert hexadecimal(pack_side(coded)) == example["side"]
-    assert hexadecimal(coded.outliers) == example["outliers"]
+    assert hexadecimal(pack_outliers(coded.outliers, coded.cols)) == example["outliers"]
     assert coded.marginals.ravel().tolist() == example["marginals"]
     assert decode_matrix(coded).tolist() == example["q"]
 
@@ -184,7 +185,8 @@ def test_format_example_without_loss_is_what_the_code_makes() -> None:
     assert m.exponents.min_symbol == LOSSLESS["min_symbol"]
     assert hexadecimal(m.exponents.words) == LOSSLESS["words"]
     assert hexadecimal(pack_side(m.exponents)) == LOSSLESS["side"]
-    assert hexadecimal(m.exponents.outliers) == LOSSLESS["outliers"]
+    outliers = pack_outliers(m.exponents.outliers, m.exponents.cols)
+    assert hexadecimal(outliers) == LOSSLESS["outliers"]
     assert m.exponents.marginals.ravel().tolist() == LOSSLESS["marginals"]
     assert hexadecimal(m.mantissas) == LOSSLESS["mantissas"]
 

@@ -138,7 +138,7 @@ def test_convert_command_names_bits_that_are_none(
     with pytest.raises(SystemExit):
         command.main(["smollm2", "out", "--bits", bits])
     assert (
-        f"argument --bits: expected a number or lossless, found {bits!r}" in capsys.readouterr().err
+        f"argument --bits: expected 0.25 to 8, or lossless, found {bits}" in capsys.readouterr().err
     )
 
 
@@ -148,7 +148,7 @@ def test_resolve_keeps_a_model_without_loss_under_its_own_name(
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
     folder = write_hf_folder(tmp_path / "tiny", UNTIED, random_tensors(UNTIED))
     path = cache.resolve(folder, "lossless", progress=False)
-    assert path.name.endswith("-lossless-v3.safetensors")
+    assert path.name.endswith("-lossless-v4.safetensors")
     assert "without loss" in capsys.readouterr().err
     assert WeightsFile.open(path).lossless
     assert cache.resolve(folder, "lossless") == path != cache.resolve(folder, 5.0)

@@ -16,6 +16,7 @@ from tiny_model import CONFIG, random_tensors, write_hf_folder
 
 from codec.matrix import CodedMatrix, pack_side
 from codec.scale import LARGEST, ZERO
+from codec.side import pack_outliers, unpack_outliers
 from engine.errors import WeightsError
 from weights import inspect
 from weights.container import ContainerWriter, read_container, replacing
@@ -207,7 +208,7 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
     ("edit", "named"),
     [
         (lambda m, t: m.update(format="other"), "answer convert"),
-        (lambda m, t: m.update(format_version="2"), "version 2, expected 3"),
+        (lambda m, t: m.update(format_version="2"), "version 2, expected 4"),
         (lambda m, t: m.pop("source"), "source"),
         (lambda m, t: m.update(config=[]), "config"),
         (lambda m, t: m["config"].update(n_kv_heads=3), "n_kv_heads"),
@@ -280,6 +281,12 @@ def make_quantized(path: Path) -> Callable[[dict[str, Any], Tensors], object]:
     return edit
 
 
+def not_finite(words: np.ndarray) -> np.ndarray:
+    """The exponents of the two outliers made those of infinities."""
+    outliers = unpack_outliers(words, 2, SMALL.dim)
+    return pack_outliers(outliers | np.uint32(255 << 24), SMALL.dim)
+
+
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
@@ -301,7 +308,7 @@ def make_quantized(path: Path) -> Callable[[dict[str, Any], Tensors], object]:
         (set_tensor(f"{QKV}.side", lambda v: v[:-1]), QKV),
         (set_tensor(f"{QKV}.outliers", lambda v: v[:-1]), "outliers"),
         (set_tensor(f"{QKV}.outliers", lambda v: v | 0xFFFF), "outlier"),
-        (set_tensor(f"{QKV}.outliers", lambda v: v | 255 << 24), "not a finite number"),
+        (set_tensor(f"{QKV}.outliers", not_finite), "not a finite number"),
     ],
 )
 def test_store_refuses_facts_that_do_not_fit_without_loss(
@@ -329,7 +336,7 @@ def test_store_refuses_outliers_out_of_order(path: Path, tmp_path: Path) -> None
     )
 
     def edit(metadata: dict[str, Any], tensors: Tensors) -> None:
-        tensors[f"{QKV}.outliers"] = ("U32", moved)
+        tensors[f"{QKV}.outliers"] = ("U32", pack_outliers(moved, matrix.cols))
         tensors[f"{QKV}.side"] = ("U32", pack_side(doubled))
 
     with pytest.raises(WeightsError, match="order"):

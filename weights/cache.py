@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import WeightsError
-from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, Bits, convert
+from weights.bits import Bits
+from weights.convert import DEFAULT_BITS, QUICK, RECIPE_VERSION, convert
 from weights.folder import cache_folder
 from weights.sources import PACKAGED, open_source
 from weights.sources.hub import parse_hub_name

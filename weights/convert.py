@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -27,6 +26,7 @@ from codec.matrix import CodedMatrix, decode_matrix
 from engine.errors import EngineError, WeightsError
 from engine.tokenizer import Tokenizer
 from weights import layout
+from weights.bits import Bits, parse_bits
 from weights.calibration.calibration import Calibration, calibrate, own_text
 from weights.calibration.text import read_windows
 from weights.folder import cache_folder
@@ -39,10 +39,9 @@ from weights.store import WeightsFile, write_weights
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
-Bits = float | Literal["lossless"]  # stored per weight
 DEFAULT_BITS = 5.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
 DEFAULT_LOG2_STATES = 11
@@ -167,10 +166,10 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
     length = min(_WINDOW, source.config.max_seq_len)
     n_windows = max(1, text.tokens // length)
     folder = cache_folder() / "calibration"
+    encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
     if text.file is None:
-        tokens = own_text(source, n_windows, length, folder, shown("sampling"))
+        tokens = own_text(source, encode, n_windows, length, folder, shown("sampling"))
     else:
-        encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
         tokens = read_windows(text.file, encode, n_windows, length)
     return calibrate(source, tokens, folder, progress=shown("calibrating"))
 
@@ -208,16 +207,6 @@ def _encode_lossless(
     if not np.array_equal(decode_lossless(coded).view(np.uint32), w.view(np.uint32)):
         raise RuntimeError(f"{matrix.name}: decoding does not give back what was encoded")
     return coded, describe(matrix.name, coded, w)
-
-
-def parse_bits(text: str) -> Bits:
-    """An argparse type: what `--bits` takes."""
-    if text == "lossless":
-        return "lossless"
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or lossless, found {text!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,12 +9,13 @@ become even (SmoothQuant, Xiao et al. 2023, moves scales the same way).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from codec.whiten import inverse_factor, unit_steps
+from codec.whiten import inverse_factor, inverse_factor_diagonal, unit_steps
 from model.config import ModelConfig
 from weights import layout
 from weights.calibration.calibration import Calibration
@@ -28,8 +29,23 @@ _STEPS_PER_OCTAVE = 8  # of the scales that rows have in the file; products of t
 class Whitening:
     """What the quantizer must know of one matrix, equalised."""
 
-    inverse_factor: Floats  # U (cols, cols)
     unit_steps: Floats  # (rows,): the rows' steps for c = 1
+    _columns: Floats  # (cols,): their scales
+    _hessian: Callable[[], npt.NDArray[np.floating]]  # as it was before
+
+    @property
+    def inverse_factor(self) -> Floats:
+        """U (cols, cols), read from disk and computed each time: that of a whole model is large."""
+        return inverse_factor(self._hessian()) / self._columns
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is kept in memory of a matrix's statistics."""
+
+    columns: Floats  # (cols,): their scales
+    diagonal: Floats  # (cols,): of U, as it was before
+    gradient: Floats  # (rows,)
 
 
 class Equalized:
@@ -38,38 +54,46 @@ class Equalized:
     def __init__(self, config: ModelConfig, calibration: Calibration) -> None:
         self._config = config
         self._calibration = calibration
-        self._columns: dict[str, Floats] = {}  # by matrix, once `find_columns` was there
+        self._found: dict[str, _Found] = {}  # by matrix, once `find_columns` was there
 
     def find_columns(self, matrix: layout.Matrix) -> None:
         """Find the matrix's column scales; to be called for all before anything else is."""
-        if matrix.name == layout.EMBEDDING:
-            return
         c = self._config
-        u = inverse_factor(self._calibration.matrix(matrix.name).hessian)
-        log_t = np.log2(np.diag(u))
+        if matrix.name == layout.EMBEDDING and not c.tie_embeddings:
+            return  # it multiplies nothing
+        statistics = self._calibration.matrix(matrix.name)
+        diagonal = inverse_factor_diagonal(statistics.hessian)
+        gradient = statistics.gradient.astype(np.float64)
+        if matrix.name == layout.EMBEDDING:
+            self._found[matrix.name] = _Found(np.ones(matrix.cols), diagonal, gradient)
+            return
+        log_t = np.log2(diagonal)
         if matrix.name.endswith("o_proj"):
             by_head = log_t.reshape(c.n_kv_heads, -1, c.head_dim)
             log_t = np.broadcast_to(by_head.mean(axis=1, keepdims=True), by_head.shape).ravel()
         eighths = np.rint((log_t - log_t.mean()) * _STEPS_PER_OCTAVE)
-        self._columns[matrix.name] = 2.0 ** (eighths / _STEPS_PER_OCTAVE)
+        columns = 2.0 ** (eighths / _STEPS_PER_OCTAVE)
+        self._found[matrix.name] = _Found(columns, diagonal, gradient)
 
     def whitening(self, matrix: layout.Matrix) -> Whitening | None:
         """None for an embedding that is no head too: it multiplies nothing."""
-        if matrix.name == layout.EMBEDDING and not self._config.tie_embeddings:
+        if matrix.name not in self._found:
             return None
-        found = self._calibration.matrix(matrix.name)
-        t = self._columns[matrix.name] if matrix.name in self._columns else np.ones(matrix.cols)
-        u = inverse_factor(found.hessian) / t
-        gradient = found.gradient.astype(np.float64)
+        found = self._found[matrix.name]
+        gradient = found.gradient
         if not matrix.in_block:
             # A token's row is worth what the token is frequent, and that goes with the text.
             gradient = np.sqrt((gradient**2 + np.mean(gradient**2)) / 2)
-        return Whitening(u, unit_steps(u, gradient / self._row_factors(matrix)))
+        return Whitening(
+            unit_steps(found.diagonal / found.columns, gradient / self._row_factors(matrix)),
+            found.columns,
+            lambda: self._calibration.matrix(matrix.name).hessian,
+        )
 
     def matrix(self, matrix: layout.Matrix, w: npt.NDArray[np.float32]) -> None:
         """w (rows, cols) as it is in the source, changed in place."""
-        if matrix.name in self._columns:
-            w /= self._columns[matrix.name].astype(np.float32)
+        if matrix.name in self._found:
+            w /= self._found[matrix.name].columns.astype(np.float32)
         w *= self._row_factors(matrix).astype(np.float32)[:, None]
 
     def vector(self, name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -86,16 +110,16 @@ class Equalized:
             return (values * self._row_factors(biased)).astype(np.float32)
         prefix, _, norm = name.removesuffix(".weight").rpartition(".")
         matrix = f"{prefix}.{reader[norm]}" if norm in reader else head
-        columns = self._columns.get(matrix)
-        return values if columns is None else (values * columns).astype(np.float32)
+        found = self._found.get(matrix)
+        return values if found is None else (values * found.columns).astype(np.float32)
 
     def _row_factors(self, matrix: layout.Matrix) -> Floats:
         """(rows,): the scales of the columns that read this matrix's outputs."""
         c, factors = self._config, np.ones(matrix.rows)
         prefix, _, kind = matrix.name.rpartition(".")
         if kind == "qkv_proj":
-            columns = self._columns[f"{prefix}.o_proj"].reshape(c.n_kv_heads, -1, c.head_dim)
+            columns = self._found[f"{prefix}.o_proj"].columns.reshape(c.n_kv_heads, -1, c.head_dim)
             factors[-c.kv_dim :] = columns[:, 0].ravel()
         elif kind == "gate_up_proj":
-            factors[c.hidden_dim :] = self._columns[f"{prefix}.down_proj"]
+            factors[c.hidden_dim :] = self._found[f"{prefix}.down_proj"].columns
         return factors

@@ -61,6 +61,7 @@ def split(matrix: AnyMatrix) -> tuple[Kind, dict[str, int], dict[str, npt.NDArra
     assert isinstance(coded, CodedMatrix)
     values = {**vars(coded), **vars(matrix), "side": pack_side(coded)}
     values |= {"n_classes": coded.n_classes, "marginals": coded.marginals.ravel()}
+    values["outliers"] = side.pack_outliers(coded.outliers, coded.cols)
     return kind, {f: values[f] for f in kind.fields}, {part: values[part] for part in kind.parts}
 
 
@@ -85,9 +86,9 @@ def join(matrix: layout.Matrix, fields: Any, parts: Mapping[str, npt.NDArray[Any
             f"{n_classes} classes with marginals of {marginals.size}, expected 1 to {most} classes"
         )
     rows = side.unpack(parts["side"], matrix.rows, n_classes, fields["log2_states"])
-    n_outliers = parts["outliers"].size
-    if rows.outlier_counts.sum() != n_outliers:
-        raise ValueError(f"{n_outliers} outliers, expected {rows.outlier_counts.sum()} by row")
+    if (most := rows.outlier_counts.max()) > matrix.cols:
+        raise ValueError(f"{most} outliers in a row, expected {matrix.cols} at most")
+    n_outliers = int(rows.outlier_counts.sum())
     lossless = kind is LOSSLESS
     coded = CodedMatrix(
         rows=matrix.rows,
@@ -102,7 +103,7 @@ def join(matrix: layout.Matrix, fields: Any, parts: Mapping[str, npt.NDArray[Any
         row_offsets=np.concatenate([[0], np.cumsum(rows.lengths)]),
         states=rows.states,
         scale_log2=rows.scale_log2,
-        outliers=parts["outliers"],
+        outliers=side.unpack_outliers(parts["outliers"], n_outliers, matrix.cols),
         outlier_offsets=np.concatenate([[0], np.cumsum(rows.outlier_counts)]).astype(np.uint32),
     )
     if lossless:

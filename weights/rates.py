@@ -11,14 +11,13 @@ import numpy as np
 from codec.quantize import Histogram, bisect_constant, predicted_bits
 from engine.errors import WeightsError
 from weights import layout
+from weights.bits import MAX_BITS, MIN_BITS
 from weights.parallel import in_order
 from weights.quantizers import Quantizer, code
 
 # Of an embedding and a head whose errors' worth is not known. For the default model at 5 bits,
 # uncalibrated, 6 here cost a twentieth of the divergence that the blocks cost.
 LEAST_EMBED_BITS = 6.0
-# A bit for four weights is the least that the code can do; what is stored of rows comes on top.
-MIN_BITS, MAX_BITS = 0.25, 8.0
 
 _TRIALS = 2  # of a constant, before all is quantized with it
 _PROBES = 4  # matrices of a kind that are quantized then,

@@ -32,7 +32,7 @@ from weights.container import (
 )
 
 FORMAT = "answer"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 TOKENIZER = "tokenizer.json"
 
 

@@ -28,6 +28,7 @@ from engine.errors import EngineError, WeightsError
 from model.reference import Floats, embed
 from weights import layout
 from weights.calibration.layer import Layer
+from weights.calibration.openings import OPENINGS
 from weights.calibration.sample import Tokens, sample_tokens
 from weights.calibration.statistics import (
     MatrixStatistics,
@@ -38,7 +39,7 @@ from weights.calibration.statistics import (
 from weights.sources import Source
 
 # To be raised whenever the same source and tokens give other statistics.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 # numpy reads headers with Python's parser, which in Python 3.11 is not safe in threads: once in a
 # while there is a SystemError about an "AST constructor recursion depth mismatch".
@@ -112,15 +113,24 @@ def calibrate(
 
 
 def own_text(
-    source: Source, n_windows: int, length: int, work_dir: str | Path, progress: Progress
+    source: Source,
+    encode: Callable[[str], list[int]],
+    n_windows: int,
+    length: int,
+    work_dir: str | Path,
+    progress: Progress,
 ) -> Tokens:
-    """`sample_tokens`, remembered in `work_dir`: the next rate, or the next try, has it at once."""
+    """`sample_tokens`, remembered in `work_dir`: the next rate, or the next try, has it at once.
+
+    `encode` makes token ids of openings.
+    """
     path = Path(work_dir) / f"{_identity(source, n_windows, length)}.npy"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             return np.asarray(_load_array(path))
-        tokens = sample_tokens(source, n_windows, length, progress=progress)
+        openings = [encode(opening) for opening in OPENINGS]
+        tokens = sample_tokens(source, n_windows, length, openings, progress=progress)
         _save_array(path, tokens)
     except OSError as error:
         raise EngineError(f"{path}: cannot be kept ({error.strerror or error})") from None

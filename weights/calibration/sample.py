@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from weights.sources import Source
 
 Tokens = npt.NDArray[np.int64]
 
+_DRAW_BLOCK = 256  # tokens of a vocabulary whose probabilities are summed first
 _PART = 1 << 19  # weights; whatever the number of cores, so that roundings are the same
 
 
@@ -32,24 +34,30 @@ def sample_tokens(
     source: Source,
     n_sequences: int,
     length: int,
+    openings: Sequence[Sequence[int]] = (),
     seed: int = 0,
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokens:
     """(n_sequences, length) tokens that the model writes; `progress(positions done, length)`.
 
-    Every text begins after what separates texts in training, BOS or else end of text, and goes on
-    as the model likes, past an end of text too. At temperature 1 the default model writes questions
-    and answers on all sorts of things, articles, stories, lists and code, now and then a foreign
-    language or a table of noise. At 0.8 texts are smoother, and worse for calibration; so are chats
-    that the template opens, which begin all alike.
+    Texts begin after what separates them in training, BOS or else end of text, every second one
+    instead with the next of `openings`; and go on as the model likes, past an end of text too. At
+    temperature 1 the default model writes questions and answers on all sorts of things, articles,
+    stories, lists and code, now and then a foreign language or a table of noise. At 0.8 texts are
+    smoother, and worse for calibration; so are chats that the template opens, which begin all
+    alike.
     """
     c = source.config
     rng = np.random.default_rng(seed)
     tokens = np.empty((n_sequences, length), np.int64)
     separators = [c.bos_token_id, *c.eos_token_ids]
     first = next((token for token in separators if token is not None), None)
-    tokens[:, 0] = rng.integers(c.vocab_size, size=n_sequences) if first is None else first
+    begun = np.full((n_sequences, length), -1)  # -1 where the model writes
+    begun[:, 0] = rng.integers(c.vocab_size, size=n_sequences) if first is None else first
+    for text, opening in zip(begun[1::2], cycle(openings), strict=False):
+        text[: len(opening)] = opening[:length]
+    tokens[:, 0] = begun[:, 0]
 
     uniform = rng.random((length, n_sequences))
     # A thread works on its own rows: products that are threaded too would wait for cores.
@@ -59,7 +67,8 @@ def sample_tokens(
         for pos in range(1, length):
             logits = model.step(tokens[:, pos - 1])
             logits /= temperature
-            tokens[:, pos] = draw(softmax(logits), uniform[pos])
+            drawn = draw(softmax(logits), uniform[pos])
+            tokens[:, pos] = np.where(begun[:, pos] < 0, drawn, begun[:, pos])
             if progress is not None:
                 progress(pos + 1, length)
     return tokens
@@ -138,8 +147,20 @@ def softmax(logits: Floats) -> Floats:
 def draw(p: Floats, uniform: Floats) -> Tokens:
     """Rows of probabilities (n, vocab_size), numbers in [0, 1) (n,) -> an index for each row (n,).
 
-    By inversion: the first at which the cumulated probability reaches the number.
+    By inversion: the first at which the cumulated probability reaches the number; cumulated over
+    blocks of the vocabulary first, then within the block where that is.
     """
-    cdf = np.cumsum(p, axis=-1, dtype=np.float64)
-    drawn: Tokens = np.argmax(cdf >= (uniform * cdf[:, -1])[:, None], axis=-1)
+    n, size = p.shape
+    sums = np.add.reduceat(p, np.arange(0, size, _DRAW_BLOCK), axis=-1, dtype=np.float64)
+    cdf = np.cumsum(sums, axis=-1)
+    wanted = uniform * cdf[:, -1]
+    rows = np.arange(n)
+    block = np.argmax(cdf >= wanted[:, None], axis=-1)
+    index = block[:, None] * _DRAW_BLOCK + np.arange(_DRAW_BLOCK)
+    inside = np.where(index < size, p[rows[:, None], np.minimum(index, size - 1)], 0)
+    cdf_inside = np.cumsum(inside, axis=-1, dtype=np.float64)
+    # What is left to be reached here; rounding may put it a little beyond the block's end.
+    wanted -= cdf[rows, block] - sums[rows, block]
+    reached = cdf_inside >= np.minimum(wanted, cdf_inside[:, -1])[:, None]
+    drawn: Tokens = index[rows, np.argmax(reached, axis=-1)]
     return drawn

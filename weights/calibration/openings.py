@@ -1,0 +1,40 @@
+"""How texts of many kinds begin, for a model to go on with.
+
+After what separates its texts a chat model writes chats. These few words lead it to stories,
+letters, news, lessons, reports and programs, of which it has read as much.
+"""
+
+OPENINGS = (
+    "It was late in the autumn when",
+    "She looked up from the letter and said,",
+    "Dear Sir,",
+    "Chapter 1",
+    "The history of the city begins",
+    "In this paper we",
+    "Once upon a time there was",
+    "The government announced on Monday that",
+    "According to a recent study,",
+    "def main():",
+    "There are three reasons why",
+    '"I don\'t know," he said,',
+    "To make this dish, you will need",
+    "The river rises in the mountains and",
+    "First, open the",
+    "My grandfather used to tell us",
+    "Question:",
+    "The first time I",
+    "In mathematics, a",
+    "As soon as the train had left the station,",
+    "What I want to say about",
+    "The old house stood",
+    "He was born in",
+    "#include <stdio.h>",
+    "The company's shares",
+    "For most of the nineteenth century,",
+    "import numpy as np",
+    "We walked along the shore until",
+    "The purpose of this chapter is to",
+    "Let me explain",
+    "Many people believe that",
+    "On the other side of the valley",
+)
