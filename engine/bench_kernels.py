@@ -32,7 +32,7 @@ _PLAIN_BITS = (16, 8, 4)
 _PLAIN_SHAPES = ((32, 2), (32, 4), (32, 8), (64, 4), (128, 2))  # row_lanes, row_groups
 _PASSES = 7
 _PASS_SECONDS = 0.01
-_WARM_UP_SECONDS = 0.2  # for each kernel; the clocks do not fall far in between
+_WARM_UP_SECONDS = 0.5
 # What a pass must go through so that nothing is left of it in the cache the next time (an H100's
 # second level holds 50 MB).
 _CACHE_BYTES = 150e6
@@ -189,14 +189,13 @@ def time_dispatches(device: Device, dispatches: list[Dispatch]) -> tuple[float, 
         assert taken is not None  # the caller made sure of timestamps
         return taken / (len(plans) * len(dispatches))
 
-    one = seconds([plan])
     if device.software:
         times = [seconds([plan]) for _ in range(_PASSES)]
         return statistics.median(times), max(times), min(times)
-    repeats = max(1, min(1000, int(_PASS_SECONDS / (one * len(dispatches)))))
-    start = time.perf_counter()
+    start, repeats = time.perf_counter(), 1
     while time.perf_counter() - start < _WARM_UP_SECONDS:
-        seconds([plan] * repeats)
+        taken = seconds([plan] * repeats) * len(dispatches)
+        repeats = max(1, min(1000, int(_PASS_SECONDS / taken)))
     times = [seconds([plan] * repeats) for _ in range(_PASSES)]
     return statistics.median(times), max(times), min(times)
 
