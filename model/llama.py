@@ -95,7 +95,7 @@ class Llama:
         # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
         # fill it.
         self._splits = 1 if device.software else 16
-        self.lanes = 64 if device.software else 256
+        self.lanes = 64 if device.software else 512 if c.dim >= 2048 else 256
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
         value_lanes = -(-c.head_dim // 4 // 8) * 8
@@ -111,7 +111,7 @@ class Llama:
         self.xn = Activations.empty(device, "xn", n, d, c.dim)
         self.qkv = first.qkv_proj.output("qkv", n)
         self.partial = device.empty(
-            "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
+            "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2 + 31)
         )
         self.arrived = device.empty("arrived", 4 * n * c.n_heads)
         self.attn = Activations.empty(device, "attn", n, d, c.q_dim)
@@ -216,21 +216,18 @@ class Llama:
             if not self._finish:
                 yield self._attention_combine(tokens)
             norm = layer.post_attention_layernorm
-            if fused:
-                then = self._then_norm(norm)
-                yield from layer.o_proj.matvec(self.attn, self.o, **n, then=then)
+            then = self._then_norm(norm) if fused else None
+            yield from layer.o_proj.matvec(self.attn, self.o, **n, then=then)
 
-                then = Then(True, self.config.hidden_dim, 0, self.x, norm, self.h, self.arrived)
-                yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, then=then)
-                then = self._then_norm(norms[i + 1])
-                yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
-            else:
-                yield from layer.o_proj.matvec(self.attn, self.o, **n)
-
+            if not fused:
                 yield self._rms_norm(self.o, norm, tokens)
-                yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n)
+            # On a GPU one workgroup would be longer about all of hidden_dim than a launch takes.
+            then = self._then_swiglu() if fused and self.device.software else None
+            yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, then=then)
+            if then is None:
                 yield self._swiglu(tokens)
-                yield from layer.down_proj.matvec(self.h, self.down, **n)
+            then = self._then_norm(norms[i + 1]) if fused else None
+            yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
         if pass_tokens > 1 or not self._fused:
@@ -240,6 +237,11 @@ class Llama:
     def _then_norm(self, weight: Any) -> Then:
         c = self.config
         return Then(False, c.dim, c.norm_eps, self.x, weight, self.xn, self.arrived)
+
+    def _then_swiglu(self) -> Then:
+        return Then(
+            True, self.config.hidden_dim, 0, self.x, self.norm, self.h, self.arrived
+        )  # x and the weight have no meaning
 
     def _rms_norm(
         self, y: Output | None, weight: Any, tokens: int, pass_tokens: int | None = None

@@ -9,13 +9,17 @@ fn norm(lane: u32, token: u32, out_token: u32) {
   let first = token * params.dim;
   let n_blocks = (params.dim + 31u) / 32u;
   var sum = 0.0;
-  for (var i = lane; i < params.dim; i += lanes) {
-    let value = x[first + i] + y_sum(token, i);
-    x[first + i] = value;
-    sum += value * value;
+  for (var quad = lane; quad < n_blocks * 8u; quad += lanes) {  // four columns: their loads are under way together
+    for (var k = 0u; k < 4u; k++) {
+      let i = 4u * quad + k;
+      if (i < params.dim) {
+        let value = x[first + i] + y_sum(token, i);
+        x[first + i] = value;
+        sum += value * value;
+      }
+    }
   }
   squares[lane] = sum;
-  storageBarrier();  // the quads below cross lanes
   workgroupBarrier();
   if (lane < 8u) {
     for (var i = lane + 8u; i < lanes; i += 8u) { sum += squares[i]; }
