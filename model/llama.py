@@ -111,7 +111,7 @@ class Llama:
         self.xn = Activations.empty(device, "xn", n, d, c.dim)
         self.qkv = first.qkv_proj.output("qkv", n)
         self.partial = device.empty(
-            "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2 + 31)
+            "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
         self.arrived = device.empty("arrived", 4 * n * c.n_heads)
         self.attn = Activations.empty(device, "attn", n, d, c.q_dim)

@@ -36,7 +36,7 @@ const NEVER = -1e30;  // below every score; not infinite, so that differences of
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;           // (max_pos, head_dim / 2): cos, sin
 @group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;  // (n_kv_heads, max_pos, 1 or 2, half_padded)
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
-@group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(6) var<storage, read_write> partial: array<atomic<u32>>;  // f32 (tokens, n_heads, n_splits, 2 half_padded + 2)
 @group(0) @binding(7) var<storage, read_write> arrived: array<atomic<u32>>;  // (tokens, n_heads)
 @group(0) @binding(8) var<storage, read_write> x_digits: array<u32>;
 @group(0) @binding(9) var<storage, read_write> x_scale: array<vec2<f32>>;
@@ -163,11 +163,8 @@ fn scores_at(first_row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32>
   return select(vec4<f32>(NEVER), sums * params.scale, scored);
 }
 
-// With `finish`, which has other workgroups' parts read in the same dispatch, none shares a cache line with another.
-fn partial_stride() -> u32 {
-  let size = 2u * params.half_padded + 2u;
-  return select(size, (size + 31u) & ~31u, finish);
-}
+fn store_partial(i: u32, value: f32) { atomicStore(&partial[i], bitcast<u32>(value)); }
+fn load_partial(i: u32) -> f32 { return bitcast<f32>(atomicLoad(&partial[i])); }
 
 fn max_over_lanes(lane: u32, value: f32) -> f32 {
   maxima[lane] = value;
@@ -271,33 +268,32 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     quantize4(v, lane, token, place, n_blocks);
     return;
   }
-  let stride = partial_stride();
+  let stride = 2u * params.half_padded + 2u;
   let slot = token * params.n_heads + head;
   let out = (slot * n_splits + split) * stride;
   if (lane < quads) {
     for (var k = 0u; k < 4u; k++) {
-      partial[out + 4u * lane + k] = lo[k];
-      partial[out + params.half_padded + 4u * lane + k] = hi[k];
+      store_partial(out + 4u * lane + k, lo[k]);
+      store_partial(out + params.half_padded + 4u * lane + k, hi[k]);
     }
   }
   if (lane == 0u) {
-    partial[out + 2u * params.half_padded] = running_max;
-    partial[out + 2u * params.half_padded + 1u] = sum;
+    store_partial(out + stride - 2u, running_max);
+    store_partial(out + stride - 1u, sum);
   }
   if (finish && last_to_arrive(lane, slot, n_used)) {
     let first = slot * n_splits * stride;
-    let max_at = 2u * params.half_padded;
     var largest = NEVER;
-    for (var s = 0u; s < n_used; s++) { largest = max(largest, partial[first + s * stride + max_at]); }
+    for (var s = 0u; s < n_used; s++) { largest = max(largest, load_partial(first + s * stride + stride - 2u)); }
     let column = select(4u * lane, params.half_padded + 4u * (lane - half_quads), lane >= half_quads);
     var v = vec4<f32>(0.0);
     var total = 0.0;
     if (lane < head_quads) {
       for (var s = 0u; s < n_used; s++) {
         let at = first + s * stride;
-        let share = exp(partial[at + max_at] - largest);
-        total += share * partial[at + max_at + 1u];
-        for (var k = 0u; k < 4u; k++) { v[k] += share * partial[at + column + k]; }
+        let share = exp(load_partial(at + stride - 2u) - largest);
+        total += share * load_partial(at + stride - 1u);
+        for (var k = 0u; k < 4u; k++) { v[k] += share * load_partial(at + column + k); }
       }
       v = v / total;
     }

@@ -35,7 +35,7 @@ struct Params {
 @group(0) @binding(5) var<storage, read> outliers: array<u32>;
 @group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
 @group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
-@group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (1, y_rows)
+@group(0) @binding(8) var<storage, read_write> y: array<atomic<u32>>;  // f32 (1, y_rows)
 @group(0) @binding(9) var<storage, read_write> arrived: array<atomic<u32>>;
 @group(0) @binding(10) var<storage, read_write> x: array<f32>;  // (dim,)
 @group(0) @binding(11) var<storage, read> weight: array<f32>;

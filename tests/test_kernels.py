@@ -684,7 +684,7 @@ def test_rope_cache_and_attention(
         packed = packed.swapaxes(-1, -2)
     state = device.upload("state", np.array([pos, n_tokens] + [0] * 10, np.uint32))
     keys, values = device.upload("k_cache", packed[0]), device.upload("v_cache", packed[1])
-    partial = device.empty("partial", 4 * tokens * n_heads * n_splits * (2 * padded + 33))
+    partial = device.empty("partial", 4 * tokens * n_heads * n_splits * (2 * padded + 2))
     out = Activations.empty(device, "attn", tokens, 3, n_heads * head_dim)
     sizes = dict(n_heads=n_heads, head_dim=head_dim, half_padded=padded)
     n_blocks = -(-n_heads * head_dim // 32)

@@ -1,7 +1,6 @@
-// What one workgroup is to do when all others of the dispatch are done, without a dispatch of its own. It must not have
-// read, nor shared a cache line with, what it then reads of theirs: a nearer cache may hold what was there before; or it
-// reads by atomics, which are slow. Only for adapters on which a storageBarrier orders what the whole device sees
-// (Vulkan's do; Metal's need not).
+// What one workgroup is to do when all others of the dispatch are done, without a dispatch of its own. What it then reads
+// of theirs must have been stored, and be loaded, by atomics: other loads may find what a nearer cache held before. Only
+// for adapters on which a storageBarrier orders what the whole device sees (Vulkan's do; Metal's need not).
 // The importer provides  arrived: array<atomic<u32>>, zeros, and they are left as zeros.
 
 var<workgroup> is_last: u32;

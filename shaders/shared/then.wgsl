@@ -1,14 +1,13 @@
 // What follows a matvec of one token: SwiGLU, or the residual and the next norm. Beside it stand norm.wgsl and gated.wgsl;
-// the importer provides  y: array<f32>  (splits, y_rows), which nothing else in the dispatch reads,  params.y_rows,
-// params.splits, params.dim.
+// the importer provides  y: array<atomic<u32>>  f32 (splits, y_rows),  params.y_rows, params.splits, params.dim.
 
 override gated: bool;
 
-fn store_y(i: u32, value: f32) { y[i] = value; }
+fn store_y(i: u32, value: f32) { atomicStore(&y[i], bitcast<u32>(value)); }
 
 fn y_sum(token: u32, i: u32) -> f32 {
   var sum = 0.0;
-  for (var split = 0u; split < params.splits; split++) { sum += y[split * params.y_rows + i]; }
+  for (var split = 0u; split < params.splits; split++) { sum += bitcast<f32>(atomicLoad(&y[split * params.y_rows + i])); }
   return sum;
 }
 
