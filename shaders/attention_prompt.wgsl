@@ -6,6 +6,7 @@
 // Dispatch: (n_kv_heads, ceil(tokens / tokens_per_group), n_splits).
 
 //#import state
+//#import pairs
 //#import heads
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
@@ -43,14 +44,6 @@ var<workgroup> weights: array<vec4<f32>, 256>;        // (POSITIONS, ROW_GROUPS)
 var<workgroup> maxima: array<vec4<f32>, LANES>;       // (COLUMNS, ROW_GROUPS)
 
 struct Four { a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32> }  // what a lane has on its way
-
-fn unpack_f16(v: vec4<u32>) -> Pair {
-  let a = unpack2x16float(v.x);
-  let b = unpack2x16float(v.y);
-  let c = unpack2x16float(v.z);
-  let d = unpack2x16float(v.w);
-  return Pair(vec4<f32>(a.x, b.x, c.x, d.x), vec4<f32>(a.y, b.y, c.y, d.y));
-}
 
 // Quad i of a tile; positions beyond the last are read as the last one and get no weight.
 fn key(kv_head: u32, first: u32, last: u32, i: u32) -> vec4<u32> {

@@ -3,6 +3,7 @@
 // memory holds what a loop indexes. Same result, same dispatch: (n_kv_heads, ceil(tokens / tokens_per_group)).
 
 //#import state
+//#import pairs
 //#import heads
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
@@ -36,14 +37,6 @@ var<workgroup> mixed: array<vec4<f32>, row_quads>;
 struct Four {  // rows of a lane: by element, by row
   lo: mat4x4<f32>,
   hi: mat4x4<f32>,
-}
-
-fn unpack_f16(v: vec4<u32>) -> Pair {
-  let a = unpack2x16float(v.x);
-  let b = unpack2x16float(v.y);
-  let c = unpack2x16float(v.z);
-  let d = unpack2x16float(v.w);
-  return Pair(vec4<f32>(a.x, b.x, c.x, d.x), vec4<f32>(a.y, b.y, c.y, d.y));
 }
 
 fn score(q: Four, kv_head: u32, pos: u32, quad: u32) -> vec4<f32> {

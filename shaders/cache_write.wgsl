@@ -2,6 +2,7 @@
 // Lane = four pairs of one kv head of one token. Dispatch: (ceil(n_kv_heads * half_padded / 4 / 64), tokens).
 
 //#import state
+//#import pairs
 //#import heads
 
 struct Params {
@@ -18,15 +19,6 @@ struct Params {
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;
 @group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
-
-fn pack_f16(x: Pair) -> vec4<u32> {
-  return vec4<u32>(
-    pack2x16float(vec2<f32>(x.lo.x, x.hi.x)),
-    pack2x16float(vec2<f32>(x.lo.y, x.hi.y)),
-    pack2x16float(vec2<f32>(x.lo.z, x.hi.z)),
-    pack2x16float(vec2<f32>(x.lo.w, x.hi.w)),
-  );
-}
 
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
