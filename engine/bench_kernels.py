@@ -212,7 +212,7 @@ def markdown(rows: Sequence[KernelRow]) -> str:
         lines.append(
             f"| {row.kernel} | {row.rows} x {row.cols} | {row.tokens} | {row.bits_per_weight:.2f} "
             f"| {row.shape} | {row.microseconds:.1f} | {row.slowest:.1f} to {row.fastest:.1f} "
-            f"| {row.gweights_per_second:.0f} | {row.gb_per_second:.0f} "
+            f"| {row.gweights_per_second:.4g} | {row.gb_per_second:.4g} "
             f"| {100 * row.gb_per_second / best:.0f} % |"
         )
     return "\n".join(lines)
