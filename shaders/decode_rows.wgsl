@@ -6,6 +6,7 @@
 //#import ans
 //#import stream
 //#import matrix
+//#import table_rows
 //#import planes
 //#import bytes
 
@@ -27,11 +28,6 @@ struct Params {
 @group(0) @binding(4) var<storage, read> entries: array<u32>;  // the rows' initial states
 @group(0) @binding(5) var<storage, read> outliers: array<u32>;
 @group(0) @binding(6) var<storage, read_write> bytes: array<vec4<u32>>;  // (n_blocks, planes, 2, byte_rows)
-
-fn table_entry(s: ptr<function, Stream>) -> u32 {
-  let i = (*s).table + (*s).state;
-  return table[i >> 2u][i & 3u];
-}
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {

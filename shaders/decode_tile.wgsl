@@ -5,6 +5,7 @@
 //#import ans
 //#import stream
 //#import matrix
+//#import table
 //#import planes
 //#import bytes
 
@@ -29,10 +30,6 @@ struct Params {
 @group(0) @binding(5) var<storage, read> outliers: array<u32>;
 @group(0) @binding(6) var<storage, read_write> bytes: array<vec4<u32>>;  // (n_blocks, planes, 2, byte_rows)
 
-var<workgroup> states: array<u32, n_states>;
-
-fn table_entry(s: ptr<function, Stream>) -> u32 { return states[(*s).state]; }
-
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
         @builtin(workgroup_id) group: vec3<u32>) {
@@ -43,15 +40,7 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   let entry = entries[segment * params.rows_padded + index];
   // The stream is on its way before the table, which all must wait for.
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  let first = first_entry(row_info[params.first_row + group.x * 32u]);
-  for (var i = lane; i < n_states / 4u; i += lanes) {
-    let four = table[first / 4u + i];
-    states[4u * i] = four.x;
-    states[4u * i + 1u] = four.y;
-    states[4u * i + 2u] = four.z;
-    states[4u * i + 3u] = four.w;
-  }
-  workgroupBarrier();
+  load_table(lane, lanes, first_entry(row_info[params.first_row + group.x * 32u]));
   let begin = 32u * first_block(segment);
   let end = 32u * first_block(segment + 1u);
   write_bytes(&s, begin, end, byte_row);

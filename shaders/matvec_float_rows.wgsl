@@ -6,6 +6,7 @@
 //#import ans
 //#import stream
 //#import matrix
+//#import table_rows
 //#import floats
 //#import sums
 //#import dot_float
@@ -30,11 +31,6 @@ struct Params {
 @group(0) @binding(6) var<storage, read> mantissas: array<vec4<u32>>;
 @group(0) @binding(7) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (1, tokens, y_rows)
-
-fn table_entry(s: ptr<function, Stream>) -> u32 {
-  let i = (*s).table + (*s).state;
-  return table[i >> 2u][i & 3u];
-}
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {

@@ -7,6 +7,7 @@
 //#import ans
 //#import stream
 //#import matrix
+//#import table_rows
 //#import sums
 //#import digits
 //#import dot

@@ -6,6 +6,7 @@
 //#import ans
 //#import stream
 //#import matrix
+//#import table
 //#import sums
 //#import digits
 //#import dot

@@ -1,5 +1,5 @@
 // A workgroup's share of W x: lane = row of a 32-row tile, workgroup row = column segment.
-// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, sums.wgsl, dot.wgsl and segments.wgsl.
+// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl and segments.wgsl.
 
 // The row's segment times every token, the row's scale apart; `tile` and `split` are the workgroup's, `local` the lane's
 // (row of the tile, segment of the workgroup).
@@ -8,7 +8,7 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   let entry = entries[segment * params.rows_padded + tile * 32u + local.x];
   // The stream is on its way before the table, which all must wait for.
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  load_table(32u * local.y + local.x, first_entry(row_info[tile * 32u]));
+  load_table(32u * local.y + local.x, partials, first_entry(row_info[tile * 32u]));
   var sums = Sums();
   let end = first_block(segment + 1u);
   for (var block = first_block(segment); block < end; block++) {

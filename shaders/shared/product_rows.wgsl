@@ -1,14 +1,9 @@
 // ROWS rows of W times every token, for a lane that has them all to itself: no workgroup memory, no barrier.
-// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, sums.wgsl and dot.wgsl; the importer provides
-// table: array<vec4<u32>, 4096>, uniform,  fn store_y(i, value),  and  params.rows, params.y_rows.
+// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table_rows.wgsl, sums.wgsl and dot.wgsl; the importer provides
+// fn store_y(i, value)  and  params.rows, params.y_rows.
 
 const LANES = 8u;  // one AVX2 vector; the rows that interleave
 const ROWS = 4u;   // of a lane: the activations are loaded once for all of them
-
-fn table_entry(s: ptr<function, Stream>) -> u32 {
-  let i = (*s).table + (*s).state;
-  return table[i >> 2u][i & 3u];
-}
 
 // Rows first, first + LANES, ...
 fn rows_product(first: u32) {

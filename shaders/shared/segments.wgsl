@@ -1,26 +1,10 @@
-// A workgroup of 32 rows by segments_per_group column segments: the decode table in workgroup memory, and the sums of
-// a row's segments added up. The importer provides  table: array<vec4<u32>>,  fn store_y(i, value)  for y, f32 (splits,
-// tokens, y_rows),  and  params.rows, params.y_rows.
+// A workgroup of 32 rows by segments_per_group column segments: the sums of a row's segments added up. The importer
+// provides  fn store_y(i, value)  for y, f32 (splits, tokens, y_rows),  and  params.rows, params.y_rows.
 
 override segments_per_group: u32;
 override partials: u32;  // 32 * segments_per_group, the lanes
 
-var<workgroup> states: array<u32, n_states>;
 var<workgroup> partial: array<f32, partials>;
-
-fn table_entry(s: ptr<function, Stream>) -> u32 { return states[(*s).state]; }
-
-// The table whose first entry this is.
-fn load_table(lane: u32, first: u32) {
-  for (var i = lane; i < n_states / 4u; i += partials) {
-    let four = table[first / 4u + i];
-    states[4u * i] = four.x;
-    states[4u * i + 1u] = four.y;
-    states[4u * i + 2u] = four.z;
-    states[4u * i + 3u] = four.w;
-  }
-  workgroupBarrier();
-}
 
 // To be called by all lanes; `index` is the lane's row here, `place` in the matrix, `local` (row of the tile, segment of the group).
 fn write_sums(sums: Sums, scale: f32, place: u32, index: u32, local: vec2<u32>, split: u32) {
