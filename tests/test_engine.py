@@ -12,14 +12,13 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_model import CHAT_TEMPLATE, tokenizer_json
+from tiny_model import random_source
 from wgpu import GPUError
 from wgpu.backends.wgpu_native import GPUBuffer, GPUPromise
 from wgpu.backends.wgpu_native._api import libf
@@ -31,9 +30,7 @@ from engine.memory import planned
 from engine.sampler import Sampling
 from model.config import ModelConfig
 from model.reference import Reference, sampling_scores
-from weights import layout
 from weights.convert import CalibrationText, convert
-from weights.sources import LazyTensor, Source
 from weights.store import WeightsFile
 
 pytestmark = pytest.mark.gpu
@@ -56,17 +53,6 @@ def open_device(kind: str) -> Device:
         device.max_workgroup_lanes = 64  # two segments: 64 columns
         device.fences = False  # every launch does one thing
     return device
-
-
-def random_source(config: ModelConfig) -> Source:
-    """Rows of length 1, as in `tiny_tensors`."""
-    rng = np.random.default_rng(0)
-    tensors = {name: rng.normal(1, 0.2, config.dim) for name in layout.vectors(config)}
-    for matrix in layout.matrices(config):
-        for name, rows in matrix.parts:
-            tensors[name] = rng.normal(0, matrix.cols**-0.5, (rows, matrix.cols))
-    lazy = {name: LazyTensor(w.shape, partial(np.float32, w)) for name, w in tensors.items()}
-    return Source("random", config, lazy, tokenizer_json(), CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ import numpy as np
 import pytest
 from fake_engine import FakeEngine
 from safetensors.numpy import load, safe_open, save
-from tiny_model import CHAT_TEMPLATE, tokenizer_json
+from tiny_model import random_source
 
 import chat
 from engine.device import Device
 from engine.errors import EngineError
 from engine.generate import Engine
 from model.config import ModelConfig
-from weights import container, layout
+from weights import container
 from weights.convert import CalibrationText, convert
-from weights.sources import LazyTensor, Source
 from weights.store import WeightsFile
 
 PROMPT = [5, 9, 60, 7, 33, 12, 90, 41, 8, 19, 77]
@@ -36,13 +34,7 @@ def files(
     folder, files = tmp_path_factory.mktemp("models"), {}
     config = dataclasses.replace(tiny_config, head_dim=10)  # padded in the cache
     for seed, name in enumerate(("model", "other")):
-        rng = np.random.default_rng(seed)
-        tensors = {vector: rng.normal(1, 0.2, config.dim) for vector in layout.vectors(config)}
-        for matrix in layout.matrices(config):
-            for part, rows in matrix.parts:
-                tensors[part] = rng.normal(0, matrix.cols**-0.5, (rows, matrix.cols))
-        lazy = {key: LazyTensor(w.shape, partial(np.float32, w)) for key, w in tensors.items()}
-        source = Source(name, config, lazy, tokenizer_json(), CHAT_TEMPLATE)
+        source = dataclasses.replace(random_source(config, seed), name=name)
         path = folder / f"{name}.safetensors"
         convert(source, path, 6, embed_bits=6, text=CalibrationText(0), progress=False)
         files[name] = WeightsFile.open(path)

@@ -6,13 +6,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_model import CHAT_TEMPLATE, tokenizer_json
+from tiny_model import random_source
 
 from engine.device import Device, Readback
 from engine.errors import EngineError
@@ -23,9 +22,7 @@ from engine.sampler import RING, Sampler, Sampling
 from engine.speculate import LOOKUP, MODEL, Draft, Lookup, Policy
 from model.config import ModelConfig
 from model.reference import Reference, sampling_scores
-from weights import layout
 from weights.convert import CalibrationText, convert
-from weights.sources import LazyTensor, Source
 from weights.store import WeightsFile
 
 # Drafts
@@ -292,17 +289,6 @@ EXACT = 5e-5  # as in test_engine.py
 CONTEXT = 200
 N_ANSWER = 50
 SAMPLED = Sampling(temperature=0.4, seed=3)
-
-
-def random_source(config: ModelConfig, seed: int) -> Source:
-    """Rows of length 1: activations neither vanish nor explode on the way."""
-    rng = np.random.default_rng(seed)
-    tensors = {name: rng.normal(1, 0.2, config.dim) for name in layout.vectors(config)}
-    for matrix in layout.matrices(config):
-        for name, rows in matrix.parts:
-            tensors[name] = rng.normal(0, matrix.cols**-0.5, (rows, matrix.cols))
-    lazy = {name: LazyTensor(w.shape, partial(np.float32, w)) for name, w in tensors.items()}
-    return Source("random", config, lazy, tokenizer_json(), CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="module")

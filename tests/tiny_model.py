@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.numpy import save, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from model.config import ModelConfig
-from weights.layout import source_shapes
+from weights.layout import matrices, source_shapes, vectors
+from weights.sources.source import LazyTensor, Source
 
 Array = npt.NDArray[np.float32]
 
@@ -71,6 +73,17 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, Array]:
     return {
         name: _bfloat16_exact(rng.standard_normal(shape) * 0.05) for name, shape in shapes.items()
     }
+
+
+def random_source(config: ModelConfig, seed: int = 0) -> Source:
+    """Rows of length 1: activations neither vanish nor explode on the way."""
+    rng = np.random.default_rng(seed)
+    tensors = {name: rng.normal(1, 0.2, config.dim) for name in vectors(config)}
+    for matrix in matrices(config):
+        for name, rows in matrix.parts:
+            tensors[name] = rng.normal(0, matrix.cols**-0.5, (rows, matrix.cols))
+    lazy = {name: LazyTensor(w.shape, partial(np.float32, w)) for name, w in tensors.items()}
+    return Source("random", config, lazy, tokenizer_json(), CHAT_TEMPLATE)
 
 
 def tokenizer_json() -> bytes:
