@@ -10,7 +10,7 @@ host, several steps are submitted at once, and the next ones before these have c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -335,13 +335,15 @@ class Batch:
         if not self._pending:
             return []
         submitted = self._pending.popleft()
-        logits = iter(())
+        n_choosing = sum(s is not None and s.choose is not None for s in submitted.drawn)
+        logits: Iterator[npt.NDArray[np.float32]] = iter(())
         try:
-            ring = submitted.readback.read().reshape(STEPS, -1)
-            if any(s is not None and s.choose for s in submitted.drawn):
+            ring = submitted.readback.read()
+            if n_choosing:
                 assert self._logits_readback is not None
                 values = self._logits_readback.read().view(np.float32)
-                logits = iter(values.reshape(-1, self._engine.config.vocab_size))
+                vocab_size = self._engine.config.vocab_size
+                logits = iter(values[: n_choosing * vocab_size].reshape(-1, vocab_size))
         except BaseException:  # Ctrl-C, for one: what is under way will be done again
             self._pending.clear()
             self._chained = False
@@ -354,7 +356,9 @@ class Batch:
                 scores = next(logits) if sequence.choose else None
                 if sequence._table is None:
                     continue  # it has left meanwhile
-                token = self._deliver(sequence, int(ring[step % STEPS, row]), scores)
+                token = self._deliver(
+                    sequence, int(ring[step % STEPS * self._rows.most + row]), scores
+                )
                 if token is not None:
                     tokens.append((sequence, token))
         return tokens
