@@ -332,7 +332,7 @@ class Engine:
         readback = self._readbacks[0]
         self._readbacks.reverse()
         self._read_ring(encoder, readback.claim())
-        self.device.queue.submit([encoder.finish()])
+        readback.submit(encoder.finish())
         return readback
 
     def _read_ring(self, encoder: Any, target: Any) -> None:
@@ -349,7 +349,7 @@ class Engine:
         commands, into = self._recorded.pop(n, (None, None))
         if into is not target:
             commands = self._record_check(n, target)
-        self.device.queue.submit([commands])
+        self._check_readback.submit(commands)
         self._recorded[n] = self._record_check(n, target), target
         return self._check_readback
 
