@@ -21,7 +21,7 @@ import numpy.typing as npt
 from engine.blocks import Blocks, Table
 from engine.device import Readback
 from engine.errors import EngineError
-from engine.plan import encode, run
+from engine.plan import encode, gpu_seconds, run
 from engine.sampler import STEPS, BatchSampler, Sampling
 from model.kv_cache import BLOCK
 from model.rows import MATVEC_ROWS, MOST_ROWS, Row, Rows
@@ -316,7 +316,7 @@ class Batch:
             for i, row in enumerate(choosing):
                 source = rows.logits.buffer, row * row_bytes
                 encoder.copy_buffer_to_buffer(*source, target, i * row_bytes, row_bytes)
-        device.queue.submit([encoder.finish()])
+        readback.submit(encoder.finish())
         steps = range(self._n_steps, self._n_steps + n_steps)
         self._n_steps += n_steps
         return _Submitted(readback, drawn, steps)
@@ -387,6 +387,15 @@ class Batch:
     def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
         sequence.finished, sequence.error = reason, error
         self._leave(sequence)
+
+    def gpu_seconds(self, n: int) -> float | None:
+        """GPU time of a step of the first n that run, for benchmarks: the tokens are thrown away.
+        None without timestamps.
+        """
+        self._chained = False
+        bucket = self._rows.bucket(n)
+        plans = [self._rows.plan(bucket), self._sampler.plan(bucket)]
+        return gpu_seconds(self._engine.device, *plans)
 
     def forget(self) -> None:
         """Something else has used the cache; EngineError if that is not possible now."""
