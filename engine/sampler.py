@@ -61,12 +61,12 @@ class Sampler:
     ) -> None:
         self.device: Device = kernels.device
         self.sampled = self.device.empty("sampled", 4 * RING)
-        self._draws = _Draws(kernels, "sampling", state, logits, vocab_size, max([1, *check]))
+        self.draws = _Draws(kernels, "sampling", state, logits, vocab_size, max([1, *check]))
         self.plan = self._plan(1)
         self.check = {rows: self._plan(rows) for rows in check}
 
     def _plan(self, rows: int) -> Plan:
-        draws = self._draws
+        draws = self.draws
         token = draws.kernels.get("sample_token", lanes=_LANES, rows=rows).dispatch(
             [1],
             {"n_candidates": _N_CANDIDATES},
@@ -77,7 +77,7 @@ class Sampler:
         return Plan([*draws.dispatches(rows), token])
 
     def configure(self, sampling: Sampling) -> None:
-        self.device.write(self._draws.settings, _packed([sampling]))
+        self.device.write(self.draws.settings, _packed([sampling]))
 
 
 class BatchSampler:
@@ -99,11 +99,11 @@ class BatchSampler:
         self.rows = rows
         self.sampled = kernels.device.empty("batch.sampled", 4 * STEPS * rows)
         self._pass_rows = pass_rows
-        self._draws = _Draws(kernels, "batch.sampling", state, logits, vocab_size, rows, pass_rows)
+        self.draws = _Draws(kernels, "batch.sampling", state, logits, vocab_size, rows, pass_rows)
         self._plans: dict[int, Plan] = {}
 
     def configure(self, samplings: Sequence[Sampling]) -> None:
-        self._draws.kernels.device.write(self._draws.settings, _packed(samplings))
+        self.draws.kernels.device.write(self.draws.settings, _packed(samplings))
 
     def plan(self, rows: int) -> Plan:
         if rows not in self._plans:
@@ -111,7 +111,7 @@ class BatchSampler:
         return self._plans[rows]
 
     def _dispatches(self, rows: int) -> Iterator[Dispatch]:
-        draws = self._draws
+        draws = self.draws
         yield from draws.dispatches(rows)
         yield draws.kernels.get("sample_rows", lanes=_LANES, batched=True).dispatch(
             [rows],

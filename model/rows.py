@@ -24,7 +24,15 @@ MOST_ROWS = 64
 # Rows up to which a weight is multiplied where it is decoded; more go through bytes in memory, as
 # prompts do. shaders/shared/sums.wgsl has no room for more.
 MATVEC_ROWS = 16
+_FEW_ROWS = 32  # for which products have smaller tiles
 _TILE = 64  # positions that attention may look up past the last one
+
+
+class _Product(NamedTuple):
+    """Of a matrix with all rows: f32 (splits, tokens, rows), how many of either see `Rows`."""
+
+    matrix: GpuMatrix
+    buffer: Any
 
 
 class Row(NamedTuple):
@@ -62,9 +70,11 @@ class Rows:
                 return Activations.for_matmul(device, f"batch.{name}", n, cols)
             return Activations.empty(device, f"batch.{name}", n, d, cols)
 
-        def output(name: str, matrix: GpuMatrix) -> Output:
-            size = max(n, matrix.splits * min(n, self.matvec_rows)) * matrix.rows
-            return Output(device.empty(f"batch.{name}", 4 * size), matrix.splits)
+        def output(name: str, matrix: GpuMatrix) -> _Product:
+            size = matrix.splits * min(n, self.matvec_rows)
+            if n > self.matvec_rows:
+                size = max(size, self._splits(matrix, n) * n)
+            return _Product(matrix, device.empty(f"batch.{name}", 4 * size * matrix.rows))
 
         self.state = device.empty("batch.state", 4 * (4 + n))
         self.pass_rows = device.empty("batch.pass_rows", 16 * n)
@@ -116,42 +126,54 @@ class Rows:
         before = None
         for i, layer in enumerate(m.blocks):
             yield self._rms_norm(before, layer.input_layernorm, n)
-            yield from self._product(layer.qkv_proj, self.xn, self.qkv, n)
+            yield from self._multiply(layer.qkv_proj, self.xn, self.qkv, n)
             if self.qkv_heads is not None:
                 yield self._qkv_heads(layer.qkv_added, n)
             yield self._attention(i, n)
             if not m._finish:
                 yield self._attention_combine(n)
-            yield from self._product(layer.o_proj, self.attn, self.o, n)
+            yield from self._multiply(layer.o_proj, self.attn, self.o, n)
 
             yield self._rms_norm(self.o, layer.post_attention_layernorm, n)
-            yield from self._product(layer.gate_up_proj, self.xn, self.gate_up, n)
+            yield from self._multiply(layer.gate_up_proj, self.xn, self.gate_up, n)
             yield self._swiglu(n)
-            yield from self._product(layer.down_proj, self.h, self.down, n)
+            yield from self._multiply(layer.down_proj, self.h, self.down, n)
             before = self.down
         yield self._rms_norm(before, m.norm, n)
-        yield from self._product(m.lm_head, self.xn, self.logits, n)
+        yield from self._multiply(m.lm_head, self.xn, self.logits, n)
 
-    def _product(self, matrix: GpuMatrix, x: Activations, y: Output, n: int) -> Iterator[Dispatch]:
-        m = self._model
+    def _multiply(
+        self, matrix: GpuMatrix, x: Activations, y: _Product, n: int
+    ) -> Iterator[Dispatch]:
+        m, splits = self._model, self._splits(matrix, n)
         if n <= self.matvec_rows:
-            yield from matrix.matvec(x, y, tokens=n, digits=m.digits)
+            yield from matrix.matvec(x, Output(y.buffer, splits), tokens=n, digits=m.digits)
         else:
             assert m.prompt is not None
-            tokens = m.prompt.whole_tiles(n)
-            for step in matrix.matmul(x, y.buffer, m.prompt.bytes):
-                yield step.of(tokens)
+            few = n <= _FEW_ROWS
+            for step in matrix.matmul(x, y.buffer, m.prompt.bytes, splits=splits, few=few):
+                yield step.of(n)
 
-    def _splits(self, y: Output, n: int) -> int:
-        return y.splits if n <= self.matvec_rows else 1
+    def _splits(self, matrix: GpuMatrix, n: int) -> int:
+        """Of a product of n rows; what reads it adds them up, but nothing does of the head's."""
+        if n <= self.matvec_rows:
+            return matrix.splits
+        return 1 if matrix is self._model.lm_head else matrix.few_splits()
 
-    def _rms_norm(self, y: Output | None, weight: Any, n: int) -> Dispatch:
+    def _tokens(self, n: int) -> int:
+        """That a split of such a product has room for."""
+        if n <= self.matvec_rows:
+            return n
+        tile = _FEW_ROWS if n <= _FEW_ROWS else 2 * _FEW_ROWS
+        return -(-n // tile) * tile
+
+    def _rms_norm(self, y: _Product | None, weight: Any, n: int) -> Dispatch:
         c, m = self.config, self._model
-        splits = self._splits(y, n) if y else 0
+        splits = self._splits(y.matrix, n) if y else 0
         kernel = self.kernels.get("rms_norm", lanes=m.lanes, digits=m.digits, splits=splits)
         return kernel.dispatch(
             [1, n],
-            dict(dim=c.dim, tokens=n, last=0, eps=c.norm_eps),
+            dict(dim=c.dim, tokens=self._tokens(n), last=0, eps=c.norm_eps),
             state=self.state,
             y=y.buffer if y else self.down.buffer,
             weight=weight,
@@ -166,7 +188,7 @@ class Rows:
             "qkv_heads",
             biased=c.qkv_bias,
             normed=c.qk_norm,
-            splits=self._splits(self.qkv, n),
+            splits=self._splits(self.qkv.matrix, n),
             lanes=32,
         )
         return kernel.dispatch(
@@ -175,7 +197,7 @@ class Rows:
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,
                 head_dim=c.head_dim,
-                tokens=n,
+                tokens=self._tokens(n),
                 eps=c.norm_eps,
             ),
             y=self.qkv.buffer,
@@ -190,7 +212,7 @@ class Rows:
         kernel = self.kernels.get(
             "attention",
             cache_f32=m.cache.f32,
-            splits=1 if whole else self._splits(self.qkv, n),
+            splits=1 if whole else self._splits(self.qkv.matrix, n),
             window=c.window(layer) or 0,
             lanes=lanes,
             per_lane=per_lane,
@@ -208,7 +230,7 @@ class Rows:
                 head_dim=c.head_dim,
                 half_padded=half_padded(c),
                 max_pos=m.cache.max_pos,
-                tokens=n,
+                tokens=self._tokens(n),
                 blocks_per_table=self._blocks_per_table,
                 scale=c.score_scale,
             ),
@@ -248,11 +270,11 @@ class Rows:
         c, m = self.config, self._model
         n_blocks = -(-c.hidden_dim // 32)
         kernel = self.kernels.get(
-            "swiglu", lanes=m.lanes, digits=m.digits, splits=self._splits(self.gate_up, n)
+            "swiglu", lanes=m.lanes, digits=m.digits, splits=self._splits(self.gate_up.matrix, n)
         )
         return kernel.dispatch(
             [-(-n_blocks * 8 // m.lanes), n],
-            dict(hidden_dim=c.hidden_dim, n_blocks=n_blocks, tokens=n),
+            dict(hidden_dim=c.hidden_dim, n_blocks=n_blocks, tokens=self._tokens(n)),
             y=self.gate_up.buffer,
             x_digits=self.h.digits,
             x_scale=self.h.scale,

@@ -819,7 +819,7 @@ def test_sampling_threshold_keeps_what_the_filters_keep(
     sampler, state = sampler_for(kernels, logits)
     sampling = Sampling(**filters)
     draw(sampler, state, sampling, pos=0)
-    threshold = sampler.device.read(sampler.threshold, np.float32, (1,))[0]
+    threshold = sampler.device.read(sampler.draws.threshold, np.float32, (1,))[0]
     assert set(np.flatnonzero(logits >= threshold)) == set(
         reference.sampling_support(logits, sampling)
     )

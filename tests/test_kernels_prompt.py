@@ -35,8 +35,10 @@ pytestmark = pytest.mark.gpu
 FAR = [(65, 575, 4.0, 12), (60, 600, 150.0, 11)]  # as MATRICES: outliers that do not fit a byte
 
 
-def steps_of(gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int) -> Plan:
-    return Plan([step.of(tokens) for step in gpu.matmul(x, y, bytes_)])
+def steps_of(
+    gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int, **options: Any
+) -> Plan:
+    return Plan([step.of(tokens) for step in gpu.matmul(x, y, bytes_, **options)])
 
 
 def matmul_activations(
@@ -133,23 +135,43 @@ def test_matmul_piece_by_piece_equals_whole(
     assert (results[0] == results[1]).all()
 
 
-@pytest.mark.parametrize("rows", [60, 4096])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "splits", "few"),
+    [
+        (60, 129, 1, False),
+        (4096, 129, 1, False),
+        (300, 33, 2, True),
+        (60, 3, 3, True),
+        (60, 65, 2, False),
+    ],
+)
 def test_matmul_of_whole_numbers_is_exact(
-    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows: int
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    tokens: int,
+    splits: int,
+    few: bool,
 ) -> None:
-    """With scales of 1 every sum is a whole number below 2^24, which f32 holds: both tile sizes."""
-    device, tokens, cols = kernels.device, 129, 70
+    """With scales of 1 every sum is a whole number below 2^24, which f32 holds: all tile sizes, in
+    splits that add up.
+    """
+    device, cols = kernels.device, 70
     monkeypatch.setattr(device, "software", False)
     q = np.round(rng.laplace(size=(rows, cols)) * 9).astype(np.int32)
+    q[::7, 3] = 900
     m = encode_matrix(q, np.zeros(rows, np.int16), 11)
     gpu = GpuMatrix(kernels, "w", m)
     x = np.zeros((256, 96), np.int8)
     x[:tokens, :cols] = rng.integers(-127, 128, (tokens, cols))
     scale = np.ones((256, 3, 2), np.float32)
     a = Activations(device.upload("digits", x), device.upload("scale", scale))
-    bytes_, y = device.empty("bytes", gpu.n_bytes), device.empty("y", 4 * 256 * rows)
-    run(device, steps_of(gpu, a, y, bytes_, tokens))
-    got = device.read(y, np.float32, (tokens, rows))
+    assert far_outliers(m).size > rows + 1
+    room = -(-tokens // (32 if few else 64)) * (32 if few else 64)  # whole tiles
+    bytes_, y = device.empty("bytes", gpu.n_bytes), device.empty("y", 4 * splits * room * rows)
+    run(device, steps_of(gpu, a, y, bytes_, tokens, splits=splits, few=few))
+    got = device.read(y, np.float32, (splits, room, rows)).sum(axis=0)[:tokens]
     assert (got == x[:tokens, :cols].astype(np.int64) @ q.T).all()
 
 
@@ -194,8 +216,9 @@ def test_cache_write_and_attention_prompt(
     past = rng.normal(size=(2, max_pos, n_kv_heads, head_dim)).astype(np.float16)
     y = rng.normal(size=(room, all_heads * head_dim)).astype(np.float32)
     packed = np.zeros((2, n_kv_heads, max_pos, padded, 2), np.float16)
-    packed[:, :, place, :half, 0] = past[..., :half].transpose(0, 2, 1, 3)
-    packed[:, :, place, :half, 1] = past[..., half:].transpose(0, 2, 1, 3)
+    packed[:, :, :, :half, 0] = past[..., :half].transpose(0, 2, 1, 3)
+    packed[:, :, :, :half, 1] = past[..., half:].transpose(0, 2, 1, 3)
+    packed[:, :, place] = packed.copy()
     keys, values = device.upload("k_cache", packed[0]), device.upload("v_cache", packed[1])
     heads = dict(
         n_heads=n_heads,
