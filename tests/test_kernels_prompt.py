@@ -160,7 +160,7 @@ def test_matmul_of_whole_numbers_is_exact(
     device, cols = kernels.device, 70
     monkeypatch.setattr(device, "software", False)
     q = np.round(rng.laplace(size=(rows, cols)) * 9).astype(np.int32)
-    q[::7, 3] = 900
+    q[::7, 3] = 1500  # beyond a byte
     m = encode_matrix(q, np.zeros(rows, np.int16), 11)
     gpu = GpuMatrix(kernels, "w", m)
     x = np.zeros((256, 96), np.int8)
