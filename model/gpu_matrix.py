@@ -351,10 +351,10 @@ class GpuMatrix:
             kernel, after = self.kernels.get(name, **overrides), {}
             if then and part is self.parts[-1]:  # those before it are done by then
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, lanes=lanes, **overrides
+                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
                 )
                 n_groups = groups[0] * groups[1]
-                params |= dict(splits=y.splits, n_groups=n_groups, dim=then.dim, eps=then.eps)
+                params |= dict(n_groups=n_groups, dim=then.dim, eps=then.eps)
                 after = dict(arrived=then.arrived, x=then.x, weight=then.weight)
                 after |= dict(x_digits=then.out.digits, x_scale=then.out.scale)
             yield kernel.dispatch(
