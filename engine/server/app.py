@@ -82,8 +82,7 @@ class Api:
         )
 
     async def _health(self, request: Request) -> Response:
-        if (refusal := self._worker.refusal) is not None:
-            raise refusal
+        self._worker.check_room(0)
         return JSONResponse({"status": "ok"})
 
     async def _figures(self, request: Request) -> Response:

@@ -37,8 +37,10 @@ def token_logprob(logits: Logits, token: int, n_top: int) -> TokenLogprob:
     wide = logits.astype(np.float64)
     wide -= wide.max()
     logprobs = wide - np.log(np.exp(wide).sum())
-    best = np.argsort(-logprobs, kind="stable")[:n_top]
-    return TokenLogprob(token, float(logprobs[token]), [(int(i), float(logprobs[i])) for i in best])
+    n_top = min(n_top, logprobs.size)
+    best = np.argpartition(-logprobs, max(n_top, 1) - 1)[:n_top]
+    top = sorted(((int(i), float(logprobs[i])) for i in best), key=lambda one: -one[1])
+    return TokenLogprob(token, float(logprobs[token]), top)
 
 
 class Grammars:

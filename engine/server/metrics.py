@@ -41,7 +41,7 @@ class Metrics:
             registry=registry,
         )
         self.duration = Histogram(
-            "answer_seconds",
+            "answer_duration_seconds",
             "From a request to its answer's end.",
             buckets=_SECONDS,
             registry=registry,

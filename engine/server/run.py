@@ -23,7 +23,9 @@ _LAST_SECONDS = 2  # for the news of the end to reach those who were cut off
 def listen(host: str, port: int, api_key: str | None) -> socket.socket:
     """A socket at `host`; EngineError: it cannot be had, or must not without a key."""
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
-        raise EngineError("the API key must be ASCII characters that can be printed, at least one")
+        raise EngineError(
+            "the API key must be of ASCII characters, at least one that can be printed"
+        )
     if api_key is None and not is_loopback(host):
         raise EngineError(
             f"--host {host}: others could reach the server, so it needs --api-key (or "

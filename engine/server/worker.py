@@ -15,6 +15,7 @@ from engine.batch import Batch
 from engine.batch import Sequence as Running
 from engine.errors import EngineError
 from engine.generate import Engine
+from engine.memory import Memory
 from engine.server.answer import Answer
 from engine.server.choose import Grammars
 from engine.server.metrics import Metrics
@@ -34,9 +35,8 @@ def _unavailable(message: str) -> RequestError:
 
 @dataclass
 class _Entry:
-    """An answer in the batch."""
+    """What an answer is in the batch."""
 
-    answer: Answer
     sequence: Running
     began: float
 
@@ -65,7 +65,7 @@ class Worker:
         self._entries: dict[Answer, _Entry] = {}
         self._lock = Lock()
         self._n_open = 0  # answers that were submitted and have not ended
-        self._refusal: RequestError | None = None  # what a new answer is told
+        self._refusal: str | None = None  # why no answer is taken in, if so
         self._deadline: float | None = None  # after it, what still runs is ended
         self._opened = Event()
         self._error: BaseException | None = None
@@ -83,9 +83,9 @@ class Worker:
             raise self._error
 
     def check_room(self, n: int) -> None:
-        """RequestError where n answers more would not be taken in."""
-        if self._refusal is not None:
-            raise self._refusal
+        """RequestError where n answers more would not be taken in; 0: where none ever would."""
+        if (reason := self._refusal) is not None:
+            raise _unavailable(reason)
         if n > self.capacity:
             raise RequestError(
                 400, f"{n} answers at once are too many: there is room for {self.capacity}"
@@ -112,15 +112,10 @@ class Worker:
         for answer in answers:
             self._inbox.put((answer, False))
 
-    @property
-    def refusal(self) -> RequestError | None:
-        """Why nothing is taken in, if so."""
-        return self._refusal
-
     def close(self, seconds: float = 0.0) -> None:
         """Take nothing more in; what runs has so many seconds to end by itself. Does not wait."""
         self._deadline = time.monotonic() + seconds
-        self._refuse(_unavailable("the server is shutting down"))
+        self._refuse("the server is shutting down")
         self._inbox.put(None)
 
     def join(self) -> None:
@@ -140,7 +135,7 @@ class Worker:
                 return
             except Exception as error:  # a driver may raise whatever it likes
                 reason = f"the device failed: {' '.join(str(error).split())}"
-            self._refuse(_unavailable(f"{reason}; it is opened again"))
+            self._refuse(f"{reason}; it is opened again")
             # What waits goes as well: should it be to blame, it would be so once more.
             self._fail_all(_failed(reason))
             self._metrics.restarts.inc()
@@ -151,27 +146,28 @@ class Worker:
         gc.collect()  # the new one needs the memory of the one before
         self._engine = engine = self._open_engine()
         self._batch = Batch(engine, self.max_sequences)
-        self._metrics.set_memory(engine.memory())
+        memory = engine.memory() + Memory(0, 0, self._batch.scratch_bytes)
+        self._metrics.set_memory(memory)
         if not self._opened.is_set():
             self.tokenizer, self.context = engine.tokenizer, engine.context
             self.vocab_size = engine.config.vocab_size
             self.grammars = Grammars(engine.weights.tokenizer_json, engine.config)
             self.about = (
                 f"{engine.config.n_params / 1e6:,.1f} M parameters, context {engine.context} "
-                f"tokens, on {engine.adapter_name}; memory {engine.memory()}"
+                f"tokens, on {engine.adapter_name}; memory {memory}"
             )
             self._opened.set()
         if self._deadline is None:
             self._refusal = None
 
-    def _refuse(self, error: RequestError) -> None:
+    def _refuse(self, reason: str) -> None:
         """From now on; what was submitted before is in the inbox by then."""
         with self._lock:
-            self._refusal = error
+            self._refusal = reason
 
     def _break(self, error: BaseException) -> None:
         """There is no engine any more, or never was."""
-        self._refuse(_unavailable(str(error)))
+        self._refuse(str(error))
         self._fail_all(_failed(str(error)))
         if self._opened.is_set():
             self._on_broken(str(error))
@@ -213,7 +209,7 @@ class Worker:
             answer.fail(RequestError(400, str(error)))
             self._release()
             return
-        self._entries[answer] = _Entry(answer, sequence, time.monotonic())
+        self._entries[answer] = _Entry(sequence, time.monotonic())
         self._metrics.prompt_tokens.inc(len(answer.ids))
         answer.start()
 
