@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -44,6 +44,8 @@ _PAGE_POLICY = (
 )
 
 Replies = ChatReplies | TextReplies
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class Api:
@@ -167,6 +169,8 @@ class Api:
         if not all(0 <= token < worker.vocab_size for token in tokens):
             raise RequestError(400, f"a token id is outside the vocabulary of {worker.vocab_size}")
         schema = asked.response_format and asked.response_format.schema_text()
+        if asked.n_logprobs is not None:
+            _possible("logprobs", worker.grammars.bytes_of, 0)
         answers: list[Answer] = []
         for ids, sampling in itertools.product(prompts, asked.samplings()):
             room = worker.context - len(ids)
@@ -177,12 +181,9 @@ class Api:
                     f"context of {worker.context}",
                     code="context_length_exceeded" if ids else None,
                 )
-            try:
-                matcher = worker.grammars.matcher(schema) if schema else None
-            except ValueError as error:
-                raise RequestError(
-                    400, f"response_format: {error}", param="response_format"
-                ) from None
+            matcher = None
+            if schema:
+                matcher = _possible("response_format", worker.grammars.matcher, schema)
             chooser = Chooser(
                 sampling,
                 pos=len(ids),
@@ -222,6 +223,14 @@ class Api:
         finally:
             watch.cancel()
             self._worker.cancel(answers)
+
+
+def _possible(param: str, make: Callable[[Given], Made], given: Given) -> Made:
+    """What `make` makes of it, or the RequestError that it cannot."""
+    try:
+        return make(given)
+    except ValueError as error:
+        raise RequestError(400, f"{param}: {error}", param=param) from None
 
 
 async def _events(

@@ -44,21 +44,33 @@ def token_logprob(logits: Logits, token: int, n_top: int) -> TokenLogprob:
 
 
 class Grammars:
-    """JSON schemas as masks over a model's tokens."""
+    """JSON schemas as masks over a model's tokens. ValueError from its methods says what cannot be,
+    with some tokenizers anything.
+    """
 
     def __init__(self, tokenizer_json: bytes, config: ModelConfig) -> None:
-        self._tokens = LLTokenizer(
-            tokenizer_json.decode(),
-            n_vocab=config.vocab_size,
-            eos_token=list(config.eos_token_ids) or None,
-        )
+        self._problem = ""
+        try:
+            self._known = LLTokenizer(
+                tokenizer_json.decode(),
+                n_vocab=config.vocab_size,
+                eos_token=list(config.eos_token_ids) or None,
+            )
+        except BaseException as error:  # among them its panics, which are no plain Exceptions
+            self._problem = f"not with this model's tokenizer: {error}"
+
+    @property
+    def _tokens(self) -> LLTokenizer:
+        if self._problem:
+            raise ValueError(self._problem)
+        return self._known
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for, even if that is but a part of a character."""
         return self._tokens.decode_bytes([token])
 
     def matcher(self, schema: str) -> LLMatcher:
-        """A new answer that follows a JSON schema; ValueError says why it cannot."""
+        """A new answer that follows a JSON schema."""
         options = {"whitespace_pattern": _WHITESPACE}
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
