@@ -28,7 +28,7 @@ def draw_bench(path: Path, runs: Sequence[Run]) -> None:
     for kind, title, x in (
         ("pp", "reading a prompt", "tokens of the prompt"),
         ("tg", "writing", "tokens in the context before"),
-        ("batch", "several sequences at once", "sequences"),
+        ("batch", "several sequences at once, all together", "sequences"),
     ):
         curves = {_name(run): rates(run, kind) for run in models}
         if any(len(curve) > 1 for curve in curves.values()):
@@ -54,14 +54,16 @@ def rates(run: Run, kind: str) -> list[tuple[int, float, float, float]]:
     pp: tokens of the prompt. tg: tokens before; of several rows of a depth the last one. batch:
     sequences.
     """
-    found = {}
+    rows = {}
+    if kind == "batch":
+        rows = {row["sequences"]: row for row in run.get("batch", [])}
     for row in run["rows"]:
-        if match := re.fullmatch(r"(pp|tg|batch)(\d+)(?:@d(\d+))?", row["test"]):
+        if match := re.fullmatch(r"(pp|tg)(\d+)(?:@d(\d+))?", row["test"]):
             name, number, depth = match.groups()
-            at = int(depth or 0) if name == "tg" else int(number)
             if name == kind:
-                found[at] = row["tokens_per_second"], row["slowest"], row["fastest"]
-    return [(at, *found[at]) for at in sorted(found)]
+                rows[int(depth or 0) if name == "tg" else int(number)] = row
+    names = ("tokens_per_second", "slowest", "fastest")
+    return [(at, *(row[name] for name in names)) for at, row in sorted(rows.items())]
 
 
 def _is_of_kernels(run: Run) -> bool:

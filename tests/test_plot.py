@@ -70,10 +70,11 @@ def drawn(tmp_path: Path, *texts: str) -> str:
 
 
 def test_rates_by_depth_by_prompt_and_by_sequences() -> None:
-    found = json.loads(run("8b", [*DEPTHS[::-1], row("batch16", 700.0), row("tg64@d1@x", 1.0)]))
+    found = json.loads(run("8b", [*DEPTHS[::-1], row("tg64@d1@x", 1.0)]))
+    found["batch"] = [{"sequences": n, **row("", 70.0 * n)} for n in (16, 4)]
     assert rates(found, "tg") == [(0, 100, 90, 101), (512, 80, 72, 81), (4096, 50, 45, 51)]
     assert rates(found, "pp") == [(128, 900, 810, 901)]
-    assert rates(found, "batch") == [(16, 700, 630, 701)]
+    assert rates(found, "batch") == [(4, 280, 252, 281), (16, 1120, 1008, 1121)]
 
 
 def test_runs_of_several_models_share_a_picture(tmp_path: Path) -> None:
