@@ -176,12 +176,12 @@ def test_matmul_of_whole_numbers_is_exact(
 
 
 @pytest.mark.parametrize(
-    ("name", "n_splits", "paged"),
+    ("name", "n_splits", "paged", "window"),
     [
-        ("attention_prompt", 1, False),
-        ("attention_prompt", 3, True),
-        ("attention_rows", 1, False),
-        ("attention_rows", 1, True),
+        ("attention_prompt", 1, False, 0),
+        ("attention_prompt", 3, True, 9),
+        ("attention_rows", 1, False, 9),
+        ("attention_rows", 1, True, 0),
     ],
 )
 @pytest.mark.parametrize(
@@ -200,6 +200,7 @@ def test_cache_write_and_attention_prompt(
     name: str,
     n_splits: int,
     paged: bool,
+    window: int,
 ) -> None:
     device, max_pos, theta = kernels.device, 96, 10000.0
     table = rng.permutation(max_pos // BLOCK).astype(np.uint32)
@@ -254,6 +255,7 @@ def test_cache_write_and_attention_prompt(
             tokens_per_group=tokens_per_group,
             row_quads=16 * padded,
             paged=paged,
+            window=window,
             **overrides,
         ).dispatch(
             [n_kv_heads, -(-n_tokens // tokens_per_group) + 1, n_splits],
@@ -293,7 +295,13 @@ def test_cache_write_and_attention_prompt(
     assert (got_v[untouched] == past[1][untouched]).all()
 
     # As test_rope_cache_and_attention derives it.
-    want = reference.attention(want_q, got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    want = reference.attention(
+        want_q,
+        got_k.astype(np.float64),
+        got_v.astype(np.float64),
+        pos,
+        window=window or None,
+    )
     n_pos = pos + n_tokens
     largest = np.abs(got_v[:n_pos]).max()
     score_per_query = np.abs(got_k[:n_pos]).max() * head_dim**0.5
