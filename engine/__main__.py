@@ -10,6 +10,7 @@ from importlib import import_module
 # word -> (module, its main function, what it does)
 COMMANDS = {
     "chat": ("chat", "main", "talk to a model, or answer one prompt and leave"),
+    "serve": ("engine.server.command", "main", "serve a model over HTTP, as OpenAI's API has it"),
     "convert": ("weights.convert", "main", "make a weights file of a model"),
     "inspect": ("weights.inspect", "main", "show what a weights file holds, and check all of it"),
     "bench": ("engine.bench", "main", "measure speed"),
@@ -35,6 +36,7 @@ a MODEL is a weights file, or what is converted once and kept in the cache:
 examples:
   answer -p "Why is the sky blue?"
   answer chat HuggingFaceTB/SmolLM2-1.7B-Instruct --bits 4
+  answer serve --port 8080
   answer convert model.gguf model.safetensors --bits 4.5
   answer list --json
 """

@@ -27,11 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from engine.bench_batch import bench_batch, positions
+from engine.bench_batch import markdown as batch_markdown
 from engine.bench_kernels import SHAPES, bench_kernels
 from engine.bench_kernels import markdown as kernels_markdown
 from engine.device import Device
 from engine.errors import EngineError
-from engine.generate import Engine, Stats
+from engine.generate import DEFAULT_CONTEXT, Engine, Stats
 from engine.profile import markdown as profile_markdown
 from engine.profile import profile
 from weights.bits import parse_bits
@@ -303,6 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
     add("--speculation", action="store_true", help="tasks with and without guessed tokens")
     add("--draft", metavar="MODEL", help="a smaller model that guesses for this one")
+    batch_help = "sequences at once, each of the first --tg tokens: all tokens/s"
+    add("--batch", type=int, nargs="*", default=[], metavar="N", help=batch_help)
+    matvec_help = "of those, up to how many multiply weights where they are decoded (16)"
+    add("--matvec-rows", type=int, metavar="N", help=matvec_help)
     shape_help = "random weights at --bits (3.1) in this shape (8b, 1b, 135m or a config.json)"
     add("--shape", metavar="NAME", help=f"in place of a model, {shape_help}")
     add("--profile", action="store_true", help="where a token's time goes, by kernel")
@@ -312,6 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     if min([a.repeats, *a.pp]) < 1 or min(a.tg, default=2) < 2 or min(a.depth, default=0) < 0:
         parser.error("--repeats and --pp take 1 or more, --tg 2 or more, --depth 0 or more")
+    if a.batch and (min(a.batch) < 1 or not a.tg):
+        parser.error("--batch takes 1 or more, and --tg a number")
     if (a.kernels or a.shape) and a.bits == "lossless":
         parser.error("--kernels and --shape take a number for --bits")
     try:
@@ -321,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = bench(engine, a.pp, a.tg, a.depth, a.repeats)
         tasks = bench_speculation(engine, 200, a.repeats) if a.speculation else []
         launches = profile(engine) if a.profile else []
+        batches = bench_batch(engine, a.batch, a.tg[0], a.repeats, a.matvec_rows) if a.batch else []
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -335,8 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if launches:
         print(profile_markdown(launches))
         print()
+    if batches:
+        print(batch_markdown(batches))
+        print()
     about["rows"] = [dataclasses.asdict(row) for row in rows]
     about["speculation"] = [dataclasses.asdict(task) for task in tasks]
+    about["batch"] = [dataclasses.asdict(row) for row in batches]
     about["profile"] = [dataclasses.asdict(launch) for launch in launches]
     print(json.dumps(about))
     return 0
@@ -346,6 +359,9 @@ def _open(a: argparse.Namespace) -> Engine:
     options: dict[str, Any] = dict(
         exact=a.exact, context=a.context, adapter=a.adapter, draft=a.draft
     )
+    if a.batch:  # the default context may be more than they need
+        needed = positions(max(a.batch), a.tg[0])
+        options["cache_positions"] = max(needed, a.context or DEFAULT_CONTEXT)
     if a.shape is None:
         return Engine.open(a.model, bits=a.bits, **options)
     with tempfile.TemporaryDirectory() as folder:

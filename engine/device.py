@@ -170,6 +170,17 @@ class Device:
         data = self.queue.read_buffer(buffer, 0, size)
         return np.frombuffer(data, dtype, count).reshape(shape).copy()
 
+    def submit(self, commands: Any) -> int:
+        """Queue a command buffer; returns what `wait` takes."""
+        handles = _api.new_array("WGPUCommandBuffer[]", [commands._internal])
+        index: int = _api.libf.wgpuQueueSubmitForIndex(self.queue._internal, 1, handles)
+        return index
+
+    def wait(self, submission: int) -> None:
+        """Until this is done, and not what was submitted after it."""
+        index = _api.ffi.new("WGPUSubmissionIndex *", submission)
+        _api.libf.wgpuDevicePoll(self.wgpu._internal, True, index)
+
     def shader_module(self, label: str, code: str) -> Any:
         """A module without run-time checks, where the backend library can make one.
 
@@ -202,8 +213,13 @@ class Readback:
         self._device, self._label, self._size_bytes = device, label, size_bytes
         self._buffer = self._empty()
         self._mapping: Any = None
+        self._submission = 0
         # Kept until a later mapping is there: theirs may still call back before it.
         self._abandoned: list[Any] = []
+
+    def submit(self, commands: Any) -> None:
+        """Queue a command buffer that copies to what `claim` gave."""
+        self._submission = self._device.submit(commands)
 
     def claim(self) -> Any:
         """The buffer, free to be copied to."""
@@ -217,12 +233,16 @@ class Readback:
         return self._device.empty(self._label, self._size_bytes, usage)
 
     def read(self) -> np.ndarray:
-        """uint32, once the GPU has done the copies submitted so far.
+        """uint32, once the GPU has done what was given to `submit`.
+
+        A mapping alone would be waited for by wgpu until the whole queue is empty: the GPU would
+        be idle while the host prepares its next work.
 
         The mapping begins only now: were it under way during a submit, wgpu might call back from
         within that, on the main thread, where a Ctrl-C would swallow the news and the wait would
         never end.
         """
+        self._device.wait(self._submission)
         self._mapping = self._buffer.map_async("READ_NOSYNC")
         self._mapping.sync_wait()
         values = np.frombuffer(self._buffer.read_mapped(copy=True), np.uint32)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from engine.batch import Batch
+from engine.batch import Sequence as BatchSequence
 from engine.device import Device, Readback
 from engine.errors import EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
 from engine.kernel import Dispatch
 from engine.memory import Memory, check_room, no_room
-from engine.plan import Plan, gpu_seconds, run
+from engine.plan import Plan, encode, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
 from engine.speculate import LOOKUP, Chance, Draft, Lookup, Policy
 from engine.tokenizer import Tokenizer
 from model.kv_cache import KVCache
 from model.llama import CHECK_TOKENS, Llama
+from model.rows import MOST_ROWS
 from weights.bits import Bits
 from weights.cache import resolve
 from weights.store import WeightsFile
@@ -40,6 +43,7 @@ class Engine:
         *,
         exact: bool = False,
         context: int | None = None,
+        cache_positions: int | None = None,
         draft: WeightsFile | None = None,
     ) -> None:
         self.weights = weights
@@ -54,15 +58,22 @@ class Engine:
                 f"context is {self.context}, this model works with 1 to {limit} positions"
             )
         self.tokenizer = Tokenizer(weights.tokenizer_json, weights.chat_template, self.config)
+        positions = self.context if cache_positions is None else cache_positions
+        if positions < self.context:
+            raise EngineError(
+                f"cache_positions is {positions}, expected at least the context, {self.context}"
+            )
         if draft is not None:
             self._check_draft(draft)
-        check_room(weights, device, self.context, exact)
+        check_room(weights, device, self.context, exact, positions)
         before = device.allocated_bytes
         try:
-            self._model = Llama(device, weights, self.context, exact=exact)
+            self._model = Llama(
+                device, weights, self.context, exact=exact, cache_positions=positions
+            )
         except OutOfMemoryError as error:
             room = device.allocated_bytes - before  # what it gave till then
-            raise no_room(weights, device, self.context, exact, room) from error
+            raise no_room(weights, device, self.context, exact, room, positions) from error
         weights.release_pages()  # they are on the device now
         self._sampler = Sampler(
             self._model.kernels,
@@ -87,6 +98,7 @@ class Engine:
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
+        self._batch: Batch | None = None  # the last one
         self._lookup = Lookup()
         self._policy = Policy(CHECK_TOKENS)
         self._draft: Engine | None = None
@@ -102,6 +114,7 @@ class Engine:
         *,
         exact: bool = False,
         context: int | None = None,
+        cache_positions: int | None = None,
         adapter: str | None = None,
         bits: Bits | None = None,
         draft: str | Path | None = None,
@@ -109,17 +122,20 @@ class Engine:
         """`model`: a weights file, or a source that is converted to `bits` on first use.
 
         `exact` computes with f32-like activations instead of int8 ones. `context` is the number of
-        positions to make room for; `adapter` picks one by number or part of its name. `draft` is a
-        smaller model with the same tokenizer, whose guesses may make this one faster.
+        positions to make room for, `cache_positions` that for all sequences of a batch together, if
+        it is to be more; `adapter` picks one by number or part of its name. `draft` is a smaller
+        model with the same tokenizer, whose guesses may make this one faster.
         """
         weights = WeightsFile.open(resolve(model, bits))
         drafts = None if draft is None else WeightsFile.open(resolve(draft))
-        return cls(weights, Device.open(adapter), exact=exact, context=context, draft=drafts)
+        options: dict[str, Any] = dict(context=context, cache_positions=cache_positions)
+        return cls(weights, Device.open(adapter), exact=exact, draft=drafts, **options)
 
     def memory(self) -> Memory:
         """Of the model and of the one that drafts for it."""
         used = self._model.weights_bytes, self._model.cache_bytes
-        own = Memory(*used, self._allocated_bytes - sum(used))
+        scratch = self._allocated_bytes - sum(used)
+        own = Memory(*used, scratch + (self._batch.scratch_bytes if self._batch else 0))
         return own if self._draft is None else own + self._draft.memory()
 
     @property
@@ -191,6 +207,19 @@ class Engine:
         )
         return self._active
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """Go on after all prompts at once, with at most `max_tokens` ids each; every token comes
+        with the number of its prompt. A `Batch` does more: sequences join and leave.
+        """
+        batch = Batch(self, min(MOST_ROWS, max(1, len(prompts))))
+        sequences = [batch.add(ids, max_tokens=max_tokens, sampling=sampling) for ids in prompts]
+        return _tokens(batch, sequences)
+
     @property
     def cached_tokens(self) -> list[int]:
         """What the cache holds, from position 0 on; a prompt that begins with it is read faster."""
@@ -243,9 +272,23 @@ class Engine:
             raise EngineError(f"a token id is outside the vocabulary of {vocab_size}")
 
     def _stop_active(self) -> None:
+        """Before anything that uses the cache."""
+        if self._batch is not None:
+            self._batch.forget()
         if self._active is not None:
             self._active.close()
             self._active = None
+
+    def _begin_batch(self, batch: Batch) -> None:
+        self._stop_active()
+        self._batch = batch
+
+    def _claim_cache(self) -> None:
+        """For the sequences of the batch."""
+        if self._active is not None:
+            self._active.close()
+            self._active = None
+        self._cached = []
 
     def _read_prompt(self, token_ids: list[int], sampling: Sampling, draw: bool = True) -> int:
         """Submit the passes of a prompt and of the token after it; returns the tokens reused.
@@ -279,7 +322,7 @@ class Engine:
         Plans that draw leave the next one's input on the GPU.
         """
         encoder = self.device.wgpu.create_command_encoder()
-        _encode(encoder, plans)
+        encode(encoder, plans)
         return self._finish(encoder)
 
     def _submit_steps(self, n_steps: int) -> Readback:
@@ -289,7 +332,7 @@ class Engine:
         readback = self._readbacks[0]
         self._readbacks.reverse()
         self._read_ring(encoder, readback.claim())
-        self.device.queue.submit([encoder.finish()])
+        readback.submit(encoder.finish())
         return readback
 
     def _read_ring(self, encoder: Any, target: Any) -> None:
@@ -306,13 +349,13 @@ class Engine:
         commands, into = self._recorded.pop(n, (None, None))
         if into is not target:
             commands = self._record_check(n, target)
-        self.device.queue.submit([commands])
+        self._check_readback.submit(commands)
         self._recorded[n] = self._record_check(n, target), target
         return self._check_readback
 
     def _record_check(self, n: int, target: Any) -> Any:
         encoder = self.device.wgpu.create_command_encoder()
-        _encode(encoder, self._check_pass[n])
+        encode(encoder, self._check_pass[n])
         self._read_ring(encoder, target)
         return encoder.finish()
 
@@ -335,18 +378,20 @@ class Engine:
         drafter.write_state(pos, [token], sampling.seed)
         self._model.write_state(pos, [token] * n, sampling.seed, n_sampled)
         encoder = self.device.wgpu.create_command_encoder()
-        _encode(encoder, self._draft._step * n)
+        encode(encoder, self._draft._step * n)
         encoder.copy_buffer_to_buffer(
             self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
         )
-        _encode(encoder, self._check_pass[n])
+        encode(encoder, self._check_pass[n])
         return self._finish(encoder)
 
 
-def _encode(encoder: Any, plans: Sequence[Plan]) -> None:
-    """One compute pass."""
-    if plans:
-        compute_pass = encoder.begin_compute_pass()
-        for plan in plans:
-            plan.replay(compute_pass)
-        compute_pass.end()
+def _tokens(batch: Batch, sequences: list[BatchSequence]) -> Iterator[tuple[int, int]]:
+    numbers = {id(sequence): i for i, sequence in enumerate(sequences)}
+    try:
+        while batch.busy:
+            for sequence, token in batch.step():
+                yield numbers[id(sequence)], token
+    finally:
+        for sequence in sequences:
+            batch.remove(sequence)

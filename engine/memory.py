@@ -8,7 +8,7 @@ from engine.device import Device
 from engine.errors import DeviceError
 from model import prompt
 from model.config import ModelConfig
-from model.kv_cache import KVCache
+from model.kv_cache import BLOCK, KVCache
 from model.llama import MAX_TOKENS
 from weights import layout
 from weights.store import WeightsFile
@@ -39,8 +39,13 @@ class Memory:
         return f"{total} MB: weights {weights}, cache {cache}, scratch {scratch}"
 
 
-def planned(weights: WeightsFile, device: Device, context: int, exact: bool) -> Memory:
-    """About what an engine will take: the cache to the byte, the rest to some 15 %."""
+def planned(
+    weights: WeightsFile, device: Device, context: int, exact: bool, cache_positions: int = 0
+) -> Memory:
+    """About what an engine will take: the cache to the byte, the rest to some 15 %.
+
+    `cache_positions`: if there is room for more in the cache than for one context.
+    """
     c = weights.config
     stored = sum(map(weights.stored_bits, weights.matrix_names)) // 8
     rows = [matrix.rows for matrix in layout.matrices(c)]
@@ -53,35 +58,49 @@ def planned(weights: WeightsFile, device: Device, context: int, exact: bool) -> 
     prompts = 0
     if not (exact or weights.lossless):
         prompts = prompt.scratch_bytes(c, context, software=device.software)
-    return Memory(on_device, _cache_bytes(c, context, exact), activations + rope + prompts)
+    cache = _cache_bytes(c, max(context, cache_positions), exact)
+    return Memory(on_device, cache, activations + rope + prompts)
 
 
 def _cache_bytes(config: ModelConfig, context: int, exact: bool) -> int:
     return 2 * config.n_layers * KVCache.buffer_bytes(config, context, exact)
 
 
-def check_room(weights: WeightsFile, device: Device, context: int, exact: bool) -> None:
+def check_room(
+    weights: WeightsFile, device: Device, context: int, exact: bool, cache_positions: int = 0
+) -> None:
     """DeviceError, before anything is allocated, where it is known that it will not fit."""
-    buffer = KVCache.buffer_bytes(weights.config, context, exact)
+    positions = max(context, cache_positions)
+    buffer = KVCache.buffer_bytes(weights.config, positions, exact)
     if buffer > device.max_binding_bytes:
-        fits = device.max_binding_bytes // KVCache.buffer_bytes(weights.config, 1, exact)
+        fits = BLOCK * (
+            device.max_binding_bytes // KVCache.buffer_bytes(weights.config, BLOCK, exact)
+        )
         raise DeviceError(
-            f"{device.name}: a context of {context} needs buffers of {buffer / 2**20:.0f} MiB, the "
-            f"adapter allows {device.max_binding_bytes / 2**20:.0f} MiB; {_advice(fits)}"
+            f"{device.name}: a cache of {positions} positions needs buffers of "
+            f"{buffer / 2**20:.0f} MiB, the adapter allows "
+            f"{device.max_binding_bytes / 2**20:.0f} MiB; {_advice(fits)}"
         )
     free = device.free_bytes()
-    if free is not None and planned(weights, device, context, exact).total_bytes > free:
-        raise no_room(weights, device, context, exact, free)
+    plan = planned(weights, device, context, exact, positions)
+    if free is not None and plan.total_bytes > free:
+        raise no_room(weights, device, context, exact, free, positions)
 
 
 def no_room(
-    weights: WeightsFile, device: Device, context: int, exact: bool, room_bytes: int
+    weights: WeightsFile,
+    device: Device,
+    context: int,
+    exact: bool,
+    room_bytes: int,
+    cache_positions: int = 0,
 ) -> DeviceError:
     """What to say where the device has room for `room_bytes` only."""
-    plan = planned(weights, device, context, exact)
-    per_position = _cache_bytes(weights.config, 1, exact) + 4 * weights.config.head_dim
-    fixed = plan.total_bytes - context * per_position
-    fits = min(context - 1, max(0, room_bytes - fixed) // per_position)
+    plan = planned(weights, device, context, exact, cache_positions)
+    per_position = _cache_bytes(weights.config, BLOCK, exact) // BLOCK
+    per_position += 4 * weights.config.head_dim
+    fixed = planned(weights, device, context, exact).total_bytes - context * per_position
+    fits = min(context - 1, max(0, room_bytes - fixed) // per_position // BLOCK * BLOCK)
     return DeviceError(
         f"{device.name}: no room for {weights.path} with a context of {context}: it takes about "
         f"{plan}; there are {room_bytes / 1e6:,.1f} MB; {_advice(fits)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,13 +41,19 @@ class Plan:
             function(handle, *arguments)
 
 
+def encode(encoder: Any, plans: Sequence[Plan]) -> None:
+    """The plans, in order, as one compute pass."""
+    if plans:
+        compute_pass = encoder.begin_compute_pass()
+        for plan in plans:
+            plan.replay(compute_pass)
+        compute_pass.end()
+
+
 def run(device: Device, *plans: Plan) -> None:
     """Submit the plans, in order, as one compute pass; does not wait."""
     encoder = device.wgpu.create_command_encoder()
-    compute_pass = encoder.begin_compute_pass()
-    for plan in plans:
-        plan.replay(compute_pass)
-    compute_pass.end()
+    encode(encoder, plans)
     device.queue.submit([encoder.finish()])
 
 

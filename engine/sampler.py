@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.device import Device
 from engine.errors import EngineError
-from engine.kernel import Kernels
+from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan
 
 RING = 64  # sampled tokens that the GPU holds until the host has read them
+STEPS = 16  # of a batch, likewise
+_LANES = 128
 _N_CANDIDATES = 32  # workgroups that share the vocabulary
 
 
@@ -57,58 +60,126 @@ class Sampler:
         self, kernels: Kernels, state: Any, logits: Any, vocab_size: int, check: Sequence[int] = ()
     ) -> None:
         self.device: Device = kernels.device
-        self._kernels, self._vocab_size = kernels, vocab_size
-        self._state, self._logits = state, logits
-        most = max([1, *check])
-        self.settings = self.device.empty("sampling", 16)
-        self.threshold = self.device.empty("sampling.threshold", 4 * most)
-        self.candidates = self.device.empty("sampling.candidates", 8 * _N_CANDIDATES * most)
         self.sampled = self.device.empty("sampled", 4 * RING)
+        self.draws = _Draws(kernels, "sampling", state, logits, vocab_size, max([1, *check]))
         self.plan = self._plan(1)
         self.check = {rows: self._plan(rows) for rows in check}
 
     def _plan(self, rows: int) -> Plan:
-        get, lanes = self._kernels.get, 128
+        draws = self.draws
+        token = draws.kernels.get("sample_token", lanes=_LANES, rows=rows).dispatch(
+            [1],
+            {"n_candidates": _N_CANDIDATES},
+            candidates=draws.candidates,
+            state=draws.state,
+            sampled=self.sampled,
+        )
+        return Plan([*draws.dispatches(rows), token])
+
+    def configure(self, sampling: Sampling) -> None:
+        self.device.write(self.draws.settings, _packed([sampling]))
+
+
+class BatchSampler:
+    """The passes that draw a token after each row of a pass over several sequences, in its own way.
+
+    Each is its row's next input then, on the GPU. `sampled` is a ring of STEPS such passes, tokens
+    (STEPS, rows).
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        state: Any,
+        pass_rows: Any,
+        logits: Any,
+        vocab_size: int,
+        rows: int,
+    ) -> None:
+        self.rows = rows
+        self.sampled = kernels.device.empty("batch.sampled", 4 * STEPS * rows)
+        self._pass_rows = pass_rows
+        self.draws = _Draws(kernels, "batch.sampling", state, logits, vocab_size, rows, pass_rows)
+        self._plans: dict[int, Plan] = {}
+
+    def configure(self, samplings: Sequence[Sampling]) -> None:
+        self.draws.kernels.device.write(self.draws.settings, _packed(samplings))
+
+    def plan(self, rows: int) -> Plan:
+        if rows not in self._plans:
+            self._plans[rows] = Plan(self._dispatches(rows))
+        return self._plans[rows]
+
+    def _dispatches(self, rows: int) -> Iterator[Dispatch]:
+        draws = self.draws
+        yield from draws.dispatches(rows)
+        yield draws.kernels.get("sample_rows", lanes=_LANES, batched=True).dispatch(
+            [rows],
+            {"n_candidates": _N_CANDIDATES, "rows": self.rows},
+            candidates=draws.candidates,
+            state=draws.state,
+            pass_rows=self._pass_rows,
+            sampled=self.sampled,
+        )
+
+
+class _Draws:
+    """The passes up to the best candidates of each row, and what they need. Rows are drawn alike,
+    or where they are of a batch, by settings of their own.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        label: str,
+        state: Any,
+        logits: Any,
+        vocab_size: int,
+        rows: int,
+        pass_rows: Any = None,
+    ) -> None:
+        device = kernels.device
+        self.kernels, self.state = kernels, state
+        self._logits, self._vocab_size, self._pass_rows = logits, vocab_size, pass_rows
+        self.settings = device.empty(label, 16 if pass_rows is None else 16 * rows)
+        self.threshold = device.empty(f"{label}.threshold", 4 * rows)
+        self.candidates = device.empty(f"{label}.candidates", 8 * _N_CANDIDATES * rows)
+
+    def dispatches(self, rows: int) -> Iterator[Dispatch]:
+        get, batched = self.kernels.get, self._pass_rows is not None
         # One workgroup searches the whole vocabulary, with 68 bytes a lane: on a GPU as many lanes
         # as there is room for.
-        device, searching = self.device, lanes
+        device, searching = self.kernels.device, _LANES
         most = min(device.max_workgroup_lanes, device.workgroup_memory // 68)
         while not device.software and 2 * searching <= most:
             searching *= 2
         vocab = {"vocab_size": self._vocab_size}
-        return Plan(
-            [
-                get("sample_threshold", lanes=searching).dispatch(
-                    [rows],
-                    vocab,
-                    sampling=self.settings,
-                    logits=self._logits,
-                    threshold=self.threshold,
-                ),
-                get("sample_candidates", lanes=lanes, rows=rows).dispatch(
-                    [_N_CANDIDATES, rows],
-                    {"n_candidates": _N_CANDIDATES, **vocab},
-                    state=self._state,
-                    sampling=self.settings,
-                    logits=self._logits,
-                    threshold=self.threshold,
-                    candidates=self.candidates,
-                ),
-                get("sample_token", lanes=lanes, rows=rows).dispatch(
-                    [1],
-                    {"n_candidates": _N_CANDIDATES},
-                    candidates=self.candidates,
-                    state=self._state,
-                    sampled=self.sampled,
-                ),
-            ]
+        yield get("sample_threshold", lanes=searching).dispatch(
+            [rows],
+            vocab,
+            sampling=self.settings,
+            logits=self._logits,
+            threshold=self.threshold,
+        )
+        yield get("sample_candidates", lanes=_LANES, rows=rows, batched=batched).dispatch(
+            [_N_CANDIDATES, rows],
+            {"n_candidates": _N_CANDIDATES, **vocab},
+            state=self.state,
+            pass_rows=self._pass_rows if batched else self.state,  # else it is not read
+            sampling=self.settings,
+            logits=self._logits,
+            threshold=self.threshold,
+            candidates=self.candidates,
         )
 
-    def configure(self, sampling: Sampling) -> None:
-        settings = np.zeros(4, np.float32)
+
+def _packed(samplings: Sequence[Sampling]) -> npt.NDArray[np.float32]:
+    """As shaders/shared/sampling.wgsl has them, (n, 4)."""
+    settings = np.zeros((len(samplings), 4), np.float32)
+    for row, sampling in zip(settings, samplings, strict=True):
         # Below that, float32 has no room for logits / temperature: many would become equal.
         if sampling.temperature > 1e-30:
-            settings[0] = sampling.temperature
-        settings[2], settings[3] = sampling.top_p, sampling.min_p
-        settings.view(np.uint32)[1] = sampling.top_k
-        self.device.write(self.settings, settings)
+            row[0] = sampling.temperature
+        row[2:] = sampling.top_p, sampling.min_p
+        row.view(np.uint32)[1] = sampling.top_k
+    return settings

@@ -46,9 +46,11 @@ _LANES_WANTED = 1 << 17
 _MAX_SEGMENT_BLOCKS = 8
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
-_TILE_TOKENS = 64  # of a workgroup of matmul; its rows are as many or twice that
+# Lanes of a workgroup of matmul, and those of them that share its rows, each with four tokens.
+_PRODUCT_LANES, _TOKEN_LANES, _FEW_TOKEN_LANES = 256, 16, 8
 _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
+_GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
@@ -351,10 +353,10 @@ class GpuMatrix:
             kernel, after = self.kernels.get(name, **overrides), {}
             if then and part is self.parts[-1]:  # those before it are done by then
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, lanes=lanes, **overrides
+                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
                 )
                 n_groups = groups[0] * groups[1]
-                params |= dict(splits=y.splits, n_groups=n_groups, dim=then.dim, eps=then.eps)
+                params |= dict(n_groups=n_groups, dim=then.dim, eps=then.eps)
                 after = dict(arrived=then.arrived, x=then.x, weight=then.weight)
                 after |= dict(x_digits=then.out.digits, x_scale=then.out.scale)
             yield kernel.dispatch(
@@ -377,8 +379,18 @@ class GpuMatrix:
     def _row_bytes(self) -> int:
         return self._planes * self.n_blocks * BLOCK
 
-    def matmul(self, x: Activations, y: Any, bytes_: Any) -> Iterator[Step]:
-        """y[t] = W x[t], f32 (tokens, rows), for many tokens: int8 activations, no floats.
+    def few_splits(self) -> int:
+        """Of a product of few tokens, so that there are workgroups for a large GPU."""
+        if self.whole_rows:
+            return 1
+        tiles = -(-self.rows // _BYTE_ROWS)
+        return max(1, min(_MAX_FEW_SPLITS, _GROUPS_WANTED // tiles, self.n_blocks // 4))
+
+    def matmul(
+        self, x: Activations, y: Any, bytes_: Any, *, splits: int = 1, few: bool = False
+    ) -> Iterator[Step]:
+        """y[split, t] = the split's share of W x[t], f32 (splits, whole tiles of tokens, rows), for
+        many tokens: int8 activations, no floats. `few`: in tiles of 32 tokens, not of 64.
 
         Rows are decoded to `bytes_`, as many at a time as it holds, and then multiplied.
         """
@@ -400,8 +412,10 @@ class GpuMatrix:
                     y=y,
                 )
                 params |= dict(rows=rows, y_rows=self.rows)
-                multiply = self._multiply_rows if self.whole_rows else self._multiply_tiles
-                yield from multiply(x, params, inputs)
+                if self.whole_rows:
+                    yield from self._multiply_rows(x, params, inputs)
+                else:
+                    yield self._multiply_tiles(x, params, inputs, splits, few)
 
     def _decode(self, part: _Part, rows: int, params: dict[str, int], bytes_: Any) -> Dispatch:
         overrides = dict(planes=self._planes, **self._stream, **self._overrides)
@@ -417,12 +431,19 @@ class GpuMatrix:
         return kernel.dispatch([-(-rows // TILE), self.splits], params, **buffers)
 
     def _multiply_tiles(
-        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
-    ) -> Iterator[Step]:
-        row_groups = 2 if self.rows >= _LARGE_PRODUCT_ROWS else 1
-        tile = _TILE_TOKENS * row_groups
+        self,
+        x: Activations,
+        params: dict[str, int],
+        buffers: dict[str, Any],
+        splits: int,
+        few: bool,
+    ) -> Step:
+        token_lanes = _FEW_TOKEN_LANES if few else _TOKEN_LANES
+        row_groups = 2 if self.rows >= _LARGE_PRODUCT_ROWS and not few else 1
+        tile = 4 * _PRODUCT_LANES // token_lanes * row_groups
         kernel = self.kernels.get(
             "matmul",
+            token_lanes=token_lanes,
             row_groups=row_groups,
             row_quads=4 * tile,
             planes=self._planes,
@@ -430,13 +451,13 @@ class GpuMatrix:
             raw_bits=self._raw_bits,
         )
         dispatch = kernel.dispatch(
-            [-(-params["rows"] // tile), 1],
+            [-(-params["rows"] // tile), 1, splits],
             params,
             x_digits=x.digits,
             x_scale=x.scale,
             **buffers,
         )
-        yield Step(dispatch, _TILE_TOKENS)
+        return Step(dispatch, 4 * token_lanes)
 
     def _multiply_rows(
         self, x: Activations, params: dict[str, int], buffers: dict[str, Any]

@@ -1,5 +1,8 @@
 """The keys and values of the positions read so far: f16, or f32 for the exact mode.
 
+One sequence alone has its positions in order. Of several at once each has blocks of BLOCK positions
+wherever there was room, and a table of them (engine/blocks.py, shaders/shared/pages.wgsl).
+
 Rounding to f16 turns differences of f32 rounding into differences of f16 rounding wherever a value
 lies near a boundary: enough, through 30 layers, to move a logit by 0.01. An exact mode cannot have
 that.
@@ -18,6 +21,8 @@ import numpy.typing as npt
 from engine.device import Device
 from model.config import ModelConfig
 
+BLOCK = 16  # positions; shaders/shared/pages.wgsl
+
 
 def half_padded(config: ModelConfig) -> int:
     """Pairs (i, i + head_dim / 2) per position and head, rounded up to loads of 16 bytes."""
@@ -27,7 +32,7 @@ def half_padded(config: ModelConfig) -> int:
 @dataclass(frozen=True)
 class KVCache:
     """Per layer one buffer each for keys and values: u32 (n_kv_heads, max_pos, 2 if f32 else 1,
-    half_padded).
+    half_padded), of whole blocks.
     """
 
     max_pos: int
@@ -43,7 +48,7 @@ class KVCache:
         size = cls.buffer_bytes(config, max_pos, f32)
         names = [f"layers.{i}" for i in range(config.n_layers)]
         return cls(
-            max_pos,
+            shape[1],
             f32,
             [device.empty(f"{name}.k_cache", size) for name in names],
             [device.empty(f"{name}.v_cache", size) for name in names],
@@ -52,7 +57,7 @@ class KVCache:
 
     @staticmethod
     def _shape(config: ModelConfig, max_pos: int, f32: bool) -> tuple[int, ...]:
-        return config.n_kv_heads, max_pos, 2 if f32 else 1, half_padded(config)
+        return config.n_kv_heads, -(-max_pos // BLOCK) * BLOCK, 2 if f32 else 1, half_padded(config)
 
     @classmethod
     def buffer_bytes(cls, config: ModelConfig, max_pos: int, f32: bool) -> int:
@@ -63,6 +68,10 @@ class KVCache:
     def _buffers(self) -> Iterator[tuple[str, Any]]:
         for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
             yield from zip((f"layers.{i}.keys", f"layers.{i}.values"), pair, strict=True)
+
+    @property
+    def n_blocks(self) -> int:
+        return self.max_pos // BLOCK
 
     def shapes(self, n_pos: int) -> dict[str, tuple[int, ...]]:
         """Of what `read` gives: a buffer's, with `n_pos` positions."""

@@ -58,16 +58,24 @@ class Layer:
 
 
 class Llama:
-    """The model on one device, with room for `max_pos` positions.
+    """The model on one device, with room for `max_pos` positions, and in the cache for
+    `cache_positions` of several sequences together.
 
     `layers[tokens]` is the plan of all blocks for a pass of 1, 4 or MAX_TOKENS tokens; `last_head`
     gives the logits of the pass's last token (in row 0), `heads[tokens]` those of all of them.
     """
 
     def __init__(
-        self, device: Device, weights: WeightsFile, max_pos: int, *, exact: bool = False
+        self,
+        device: Device,
+        weights: WeightsFile,
+        max_pos: int,
+        *,
+        exact: bool = False,
+        cache_positions: int = 0,
     ) -> None:
         self.device = device
+        self.max_pos = max_pos
         self.config = c = weights.config
         self.kernels = Kernels(device)
         self.digits = EXACT_DIGITS if exact else INT8_DIGITS
@@ -89,13 +97,15 @@ class Llama:
         before = device.allocated_bytes
         # A pass of MAX_TOKENS at the very end writes nothing beyond max_pos: only positions of real
         # tokens are written.
-        self.cache = KVCache.empty(device, c, max_pos, f32=exact)
+        self.cache = KVCache.empty(device, c, max(max_pos, cache_positions), f32=exact)
         self.cache_bytes = device.allocated_bytes - before
 
         # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
         # fill it.
         self._splits = 1 if device.software else 16
-        self.lanes = 64 if device.software else 512 if c.dim >= 2048 else 256
+        # A vector's worth on a CPU: of workgroups of 64 that wait for each other in a loop llvmpipe
+        # (Mesa 22.3) lost 0.4 MB a launch.
+        self.lanes = 8 if device.software else 512 if c.dim >= 2048 else 256
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
         value_lanes = -(-c.head_dim // 4 // 8) * 8
@@ -300,6 +310,8 @@ class Llama:
             n_splits=self._splits,
             finish=self._finish,
             digits=self.digits,
+            batched=False,
+            paged=False,
         )
         return kernel.dispatch(
             [self._splits, c.n_heads, tokens],
@@ -310,9 +322,12 @@ class Llama:
                 half_padded=half_padded(c),
                 max_pos=self.cache.max_pos,
                 tokens=tokens,
+                blocks_per_table=0,
                 scale=c.score_scale,
             ),
             state=self.state,
+            pass_rows=self.state,  # no batch: neither this nor the next is read
+            blocks=self.state,
             y=qkv.buffer,
             rope=self.turns(layer),
             k_cache=keys,

@@ -16,7 +16,7 @@ from engine.kernel import Dispatch
 from engine.plan import Plan
 from model.config import ModelConfig
 from model.gpu_matrix import UNIFORM_BLOCKS, Activations, GpuMatrix, Step, uniform_tokens
-from model.kv_cache import half_padded
+from model.kv_cache import BLOCK, half_padded
 from weights import layout
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class Prompt:
 
     Fewer are faster in short passes. `layers(n)` runs all blocks for n tokens; then either
     `last_head` gives the last one's logits, in row 0 of the model's, or `norms(n)` what the head
-    reads of each.
+    reads of each. With `paged` the tokens are of one sequence of several, whose cache lies where
+    `write_blocks` says.
     """
 
     def __init__(self, model: Llama) -> None:
@@ -86,7 +87,7 @@ class Prompt:
         if device.software:
             self.min_tokens = 9
         self._round = 8 if device.software else 64  # plans are made for multiples of so many tokens
-        self.max_tokens = n = chunk_tokens(model.cache.max_pos, software=device.software)
+        self.max_tokens = n = chunk_tokens(model.max_pos, software=device.software)
         self._attention_tokens = _ROWS // (c.n_heads // c.n_kv_heads)
         groups = c.n_kv_heads * -(-n // self._attention_tokens)
         self._splits = min(_MAX_SPLITS, -(-_GROUPS_WANTED // groups)) if self._tiled else 1
@@ -107,8 +108,9 @@ class Prompt:
         self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
         self.down = device.empty("prompt.down", 4 * n * c.dim)
         self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
-        self._layer_steps = list(self._layers())
-        self._plans: dict[int, list[Plan]] = {}
+        self.blocks = device.empty("prompt.blocks", 4 * -(-model.max_pos // BLOCK))
+        self._layer_steps: dict[bool, list[Step]] = {False: list(self._layers(paged=False))}
+        self._plans: dict[tuple[int, bool], list[Plan]] = {}
         self.last_head = Plan(self._last_head())
         self._norm = self._rms_norm(self.down, model.norm)
 
@@ -127,6 +129,9 @@ class Prompt:
             return all(uniform_tokens(m.n_blocks) for m in matrices)
         return not any(m.whole_rows for m in matrices)
 
+    def whole_tiles(self, tokens: int) -> int:
+        return -(-tokens // self._round) * self._round
+
     def write_state(self, pos: int, tokens: Sequence[int]) -> None:
         """The next pass reads `tokens` (at most max_tokens) at positions pos, pos + 1, ..."""
         state = np.zeros(4 + self.max_tokens, np.uint32)
@@ -134,14 +139,20 @@ class Prompt:
         state[4 : 4 + len(tokens)] = tokens
         self._model.device.write(self.state, state)
 
-    def layers(self, tokens: int) -> list[Plan]:
+    def write_blocks(self, blocks: Sequence[int]) -> None:
+        """The next paged pass has its positions in these blocks of the cache."""
+        self._model.device.write(self.blocks, np.array(blocks, np.uint32))
+
+    def layers(self, tokens: int, *, paged: bool = False) -> list[Plan]:
         """In parts: the device may begin with one while the next are being encoded."""
-        tokens = -(-tokens // self._round) * self._round
-        if tokens not in self._plans:
-            steps = [step.of(tokens) for step in self._layer_steps]
+        tokens = self.whole_tiles(tokens)
+        if (tokens, paged) not in self._plans:
+            if paged not in self._layer_steps:
+                self._layer_steps[paged] = list(self._layers(paged))
+            steps = [step.of(tokens) for step in self._layer_steps[paged]]
             parts = [steps[i : i + _PART] for i in range(0, len(steps), _PART)]
-            self._plans[tokens] = [Plan(part) for part in parts]
-        return self._plans[tokens]
+            self._plans[tokens, paged] = [Plan(part) for part in parts]
+        return self._plans[tokens, paged]
 
     def norms(self, tokens: int) -> Plan:
         return Plan([self._norm.of(tokens)])
@@ -159,7 +170,7 @@ class Prompt:
             encoder.copy_buffer_to_buffer(ours, first * size, theirs, 0, tokens * size)
         device.queue.submit([encoder.finish()])
 
-    def _layers(self) -> Iterator[Step]:
+    def _layers(self, paged: bool) -> Iterator[Step]:
         m = self._model
         previous = None
         for dispatch in m.embed_tokens.embed(self.state, self.x, tokens=1):
@@ -172,8 +183,8 @@ class Prompt:
             if self.qkv_heads is not None:
                 yield self._qkv_heads(layer.qkv_added)
                 qkv = self.qkv_heads
-            yield self._cache_write(i, qkv, keys, values)
-            yield self._attention(i, qkv, keys, values)
+            yield self._cache_write(i, qkv, keys, values, paged)
+            yield self._attention(i, qkv, keys, values, paged)
             yield self._attention_combine()
             yield from layer.o_proj.matmul(self.attn, self.o, self.bytes)
 
@@ -221,6 +232,7 @@ class Prompt:
             head_dim=c.head_dim,
             half_padded=half_padded(c),
             max_pos=self._model.cache.max_pos,
+            blocks_per_table=0,  # there is one
         )
 
     def _qkv_heads(self, weights: Any) -> Step:
@@ -245,11 +257,11 @@ class Prompt:
             1,
         )
 
-    def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any) -> Step:
+    def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any, paged: bool) -> Step:
         c = self.config
         quads = c.n_kv_heads * half_padded(c) // 4
         return Step(
-            self.kernels.get("cache_write").dispatch(
+            self.kernels.get("cache_write", paged=paged).dispatch(
                 [-(-quads // 64), 1],
                 self._heads,
                 state=self.state,
@@ -257,14 +269,17 @@ class Prompt:
                 rope=self._model.turns(layer),
                 k_cache=keys,
                 v_cache=values,
+                blocks=self.blocks,
             ),
             1,
         )
 
-    def _attention(self, layer: int, qkv: Any, keys: Any, values: Any) -> Step:
+    def _attention(self, layer: int, qkv: Any, keys: Any, values: Any, paged: bool) -> Step:
         c = self.config
         half_quads = half_padded(c) // 4
-        overrides = dict(tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS)
+        overrides = dict(
+            tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS, paged=paged
+        )
         if self._tiled:
             overrides |= dict(half_quads=half_quads, n_splits=self._splits)
         kernel = self.kernels.get(
@@ -279,6 +294,7 @@ class Prompt:
                 rope=self._model.turns(layer),
                 k_cache=keys,
                 v_cache=values,
+                blocks=self.blocks,
                 partial=self.partial,
             ),
             self._attention_tokens,

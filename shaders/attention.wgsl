@@ -3,6 +3,7 @@
 // In splits: every split sees each n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding);
 // attention_combine joins them. All in f32; a u32 of an f16 cache holds elements i and i + head_dim / 2 of one head, in
 // an f32 cache each has its own, half_padded apart.
+// Tokens are of one sequence, or with `batched` and `paged` each of its own, or some.
 // One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens). With `finish`, for heads of
 // whole blocks of 32, the last split of a head joins them itself and writes int8 digits (shared/last.wgsl says where).
 
@@ -11,10 +12,12 @@
 //#import quantize
 //#import last
 //#import pairs
+//#import rows
+//#import pages
 
 override cache_f32: bool;
 override splits: u32;    // of y
-override per_lane: u32;  // neighbouring positions that one lane scores, 1..4; lanes * per_lane are a tile
+override per_lane: u32;  // neighbouring positions that one lane scores, 1..4, of one block; lanes * per_lane are a tile
 override n_splits: u32;
 override finish: bool;   // then lanes are at least head_dim / 4
 override window: u32;  // positions that a token sees; 0: all
@@ -24,8 +27,9 @@ struct Params {
   n_kv_heads: u32,
   head_dim: u32,
   half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
-  max_pos: u32,
+  max_pos: u32,      // of the cache
   tokens: u32,
+  blocks_per_table: u32,
   scale: f32,
 }
 
@@ -34,13 +38,15 @@ const NEVER = -1e30;  // below every score; not infinite, so that differences of
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> state: State;
 @group(0) @binding(2) var<storage, read> y: array<f32>;                    // (splits, tokens, rows of q | k | v)
-@group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;           // (max_pos, head_dim / 2): cos, sin
+@group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;           // (positions, head_dim / 2): cos, sin
 @group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;  // (n_kv_heads, max_pos, 1 or 2, half_padded)
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read_write> partial: array<atomic<u32>>;  // f32 (tokens, n_heads, n_splits, 2 half_padded + 2)
 @group(0) @binding(7) var<storage, read_write> arrived: array<atomic<u32>>;  // (tokens, n_heads)
 @group(0) @binding(8) var<storage, read_write> x_digits: array<u32>;
 @group(0) @binding(9) var<storage, read_write> x_scale: array<vec2<f32>>;
+@group(0) @binding(10) var<storage, read> pass_rows: array<PassRow>;  // of a batch, like the next
+@group(0) @binding(11) var<storage, read> blocks: array<u32>;         // (tokens, blocks_per_table), and a tile beyond
 
 var<workgroup> query_lo: array<vec4<f32>, lanes>;
 var<workgroup> query_hi: array<vec4<f32>, lanes>;
@@ -62,18 +68,19 @@ fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted t
 }
 
 // Puts into the cache what the workgroup is going to read and no earlier pass has written. Heads that share a kv head,
-// and later tokens of the pass, write the same: it is the same arithmetic on the same numbers, so whichever write comes
+// and later tokens of the sequence, write the same: it is the same arithmetic on the same numbers, so whichever write comes
 // last leaves the same bits, and nobody waits for another workgroup.
 fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
   let quads = params.half_padded / 4u;
-  for (var n = lane; n < (token + 1u) * quads; n += lanes) {
-    let source = n / quads;
+  let first = first_of_sequence(token);
+  for (var n = lane; n < (token - first + 1u) * quads; n += lanes) {
+    let source = first + n / quads;
     let i = n % quads;
-    let pos = state.pos + source;
+    let pos = row_position(source);
     if (pos / (lanes * per_lane) % n_splits == split) {
       let k = rotated(projected(source, params.n_heads + kv_head, i), pos, i);
       let v = projected(source, params.n_heads + params.n_kv_heads + kv_head, i);
-      let row = kv_head * params.max_pos + pos;
+      let row = kv_head * params.max_pos + cache_position(source, pos);
       if (cache_f32) {
         let at = 2u * row * quads + i;
         k_cache[at] = bitcast<vec4<u32>>(k.lo);
@@ -106,8 +113,8 @@ fn value(row: u32, i: u32) -> Pair {
   return unpack_f16(v_cache[row * quads + i]);
 }
 
-// Scores of the positions pos .. pos + per_lane - 1: q is loaded once for all of them.
-fn scores_at(first_row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
+// Scores of the positions pos .. pos + per_lane - 1, in the cache from `row` on: q is loaded once for all of them.
+fn scores_at(row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
   let quads = params.half_padded / 4u;
   var sums = vec4<f32>(0.0);
   for (var i = 0u; i < quads; i++) {
@@ -115,7 +122,7 @@ fn scores_at(first_row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32>
     let hi = query_hi[i];
     for (var j = 0u; j < per_lane; j++) {
       if (pos + j < length) {
-        let k = key(first_row + pos + j, i);
+        let k = key(row + j, i);
         sums[j] += dot(lo, k.lo) + dot(hi, k.hi);
       }
     }
@@ -151,7 +158,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let token = group.z;
   if (token >= state.n_tokens) { return; }
   let quads = params.half_padded / 4u;
-  let length = state.pos + token + 1u;
+  let length = row_position(token) + 1u;
   let n_used = min(n_splits, (length + lanes * per_lane - 1u) / (lanes * per_lane));  // splits that have positions
   if (finish && split >= n_used) { return; }
   let kv_head = head / (params.n_heads / params.n_kv_heads);
@@ -182,7 +189,8 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     if (tile + tile_size <= seen_from) { tile += round; }
   }
   for (; tile < length; tile += n_splits * tile_size) {
-    let scores = scores_at(first_row, tile + per_lane * lane, length, seen_from);
+    let pos = tile + per_lane * lane;
+    let scores = scores_at(first_row + cache_position(token, pos), pos, length, seen_from);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);
@@ -195,7 +203,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     if (my_group < n_groups) {
       for (var i = my_group; i < min(tile_size, length - tile); i += n_groups) {
         let weight = weights[i / per_lane][i % per_lane];
-        let v = value(first_row + tile + i, quad);
+        let v = value(first_row + cache_position(token, tile + i), quad);
         sum += weight;
         lo += weight * v.lo;
         hi += weight * v.hi;

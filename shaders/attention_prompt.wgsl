@@ -7,6 +7,7 @@
 
 //#import state
 //#import pairs
+//#import pages
 //#import heads
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
@@ -20,6 +21,7 @@ struct Params {
   head_dim: u32,
   half_padded: u32,
   max_pos: u32,
+  blocks_per_table: u32,
   scale: f32,  // 1 / sqrt(head_dim)
 }
 
@@ -37,6 +39,7 @@ const ROW_GROUPS = 8u;  // of the rows i, i + 8, i + 16, i + 24, a vector of fou
 @group(0) @binding(4) var<storage, read> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> v_cache: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(7) var<storage, read> blocks: array<u32>;  // (blocks_per_table,)
 
 var<workgroup> queries: array<vec4<f32>, row_quads>;  // (quads, ROWS)
 var<workgroup> tile: array<vec4<f32>, row_quads>;     // keys (quads, POSITIONS), then values (POSITIONS, quads)

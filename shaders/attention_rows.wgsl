@@ -4,6 +4,7 @@
 
 //#import state
 //#import pairs
+//#import pages
 //#import heads
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
@@ -15,6 +16,7 @@ struct Params {
   head_dim: u32,
   half_padded: u32,
   max_pos: u32,
+  blocks_per_table: u32,
   scale: f32,  // 1 / sqrt(head_dim)
 }
 
@@ -30,6 +32,7 @@ const POSITIONS = 8u;
 @group(0) @binding(4) var<storage, read> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> v_cache: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, 2 half_padded + 2)
+@group(0) @binding(7) var<storage, read> blocks: array<u32>;  // (blocks_per_table,)
 
 var<workgroup> queries: array<vec4<f32>, row_quads>;  // (half_quads, lo or hi, ROWS)
 var<workgroup> mixed: array<vec4<f32>, row_quads>;

@@ -3,6 +3,7 @@
 
 //#import state
 //#import pairs
+//#import pages
 //#import heads
 
 struct Params {
@@ -11,6 +12,7 @@ struct Params {
   head_dim: u32,
   half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
   max_pos: u32,
+  blocks_per_table: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -19,6 +21,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;
 @group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read> blocks: array<u32>;  // (blocks_per_table,)
 
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {

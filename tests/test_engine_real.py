@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,3 +206,24 @@ def test_kernels_for_both_kinds_of_adapters_answer_a_question(
     for each in (engine, Engine(file_8bit, device, context=CONTEXT)):
         memory = each.memory()
         assert memory.total_bytes <= file_8bit.size_bytes + memory.cache_bytes + (64 << 20)
+
+
+def resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * sum(map(int, re.findall(r"RssAnon:\s+(\d+) kB", status)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells of memory")
+def test_host_memory_does_not_grow(default_file: WeightsFile) -> None:
+    """What a driver takes for a pass it must give back."""
+    engine = Engine.open(default_file.path, context=64)
+
+    def passes(n: int) -> int:
+        engine._model.write_state(0, range(8))
+        for _ in range(n):
+            engine._submit_check_pass(8).read()
+        list(engine.generate(range(20), 4, speculate=False))
+        return resident_bytes()
+
+    before = passes(2)
+    assert passes(5) - before < 8e6  # with norms of 64 lanes it was 130 MB on llvmpipe

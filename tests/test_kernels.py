@@ -25,6 +25,7 @@ from engine.sampler import Sampler, Sampling
 from model import reference
 from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Then
 from model.llama import MAX_TOKENS, rope_table
+from model.rows import MATVEC_ROWS
 
 pytestmark = pytest.mark.gpu
 
@@ -131,7 +132,7 @@ def test_matrices_cover_every_kind_of_code() -> None:
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
-@pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
+@pytest.mark.parametrize("tokens", [1, MATVEC_ROWS])
 @pytest.mark.parametrize("digits", [1, 3])
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_matvec(
@@ -700,16 +701,21 @@ def test_rope_cache_and_attention(
             n_splits=n_splits,
             finish=finish,
             digits=3,
+            batched=False,
+            paged=False,
         ).dispatch(
             [n_splits, n_heads, tokens],
             dict(
                 n_kv_heads=n_kv_heads,
                 max_pos=max_pos,
                 tokens=tokens,
+                blocks_per_table=0,
                 scale=head_dim**-0.5,
                 **sizes,
             ),
             state=state,
+            pass_rows=state,
+            blocks=state,
             y=device.upload("y", y),
             rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
             k_cache=keys,
@@ -813,7 +819,7 @@ def test_sampling_threshold_keeps_what_the_filters_keep(
     sampler, state = sampler_for(kernels, logits)
     sampling = Sampling(**filters)
     draw(sampler, state, sampling, pos=0)
-    threshold = sampler.device.read(sampler.threshold, np.float32, (1,))[0]
+    threshold = sampler.device.read(sampler.draws.threshold, np.float32, (1,))[0]
     assert set(np.flatnonzero(logits >= threshold)) == set(
         reference.sampling_support(logits, sampling)
     )

@@ -27,6 +27,7 @@ from engine.plan import Plan, run
 from model import prompt, reference
 from model.gpu_layout import far_outliers
 from model.gpu_matrix import Activations, GpuMatrix
+from model.kv_cache import BLOCK
 from model.llama import rope_table
 
 pytestmark = pytest.mark.gpu
@@ -34,8 +35,10 @@ pytestmark = pytest.mark.gpu
 FAR = [(65, 575, 4.0, 12), (60, 600, 150.0, 11)]  # as MATRICES: outliers that do not fit a byte
 
 
-def steps_of(gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int) -> Plan:
-    return Plan([step.of(tokens) for step in gpu.matmul(x, y, bytes_)])
+def steps_of(
+    gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int, **options: Any
+) -> Plan:
+    return Plan([step.of(tokens) for step in gpu.matmul(x, y, bytes_, **options)])
 
 
 def matmul_activations(
@@ -132,28 +135,54 @@ def test_matmul_piece_by_piece_equals_whole(
     assert (results[0] == results[1]).all()
 
 
-@pytest.mark.parametrize("rows", [60, 4096])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "splits", "few"),
+    [
+        (60, 129, 1, False),
+        (4096, 129, 1, False),
+        (300, 33, 2, True),
+        (60, 3, 3, True),
+        (60, 65, 2, False),
+    ],
+)
 def test_matmul_of_whole_numbers_is_exact(
-    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows: int
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    tokens: int,
+    splits: int,
+    few: bool,
 ) -> None:
-    """With scales of 1 every sum is a whole number below 2^24, which f32 holds: both tile sizes."""
-    device, tokens, cols = kernels.device, 129, 70
+    """With scales of 1 every sum is a whole number below 2^24, which f32 holds: all tile sizes, in
+    splits that add up.
+    """
+    device, cols = kernels.device, 70
     monkeypatch.setattr(device, "software", False)
     q = np.round(rng.laplace(size=(rows, cols)) * 9).astype(np.int32)
+    q[::7, 3] = 1500  # beyond a byte
     m = encode_matrix(q, np.zeros(rows, np.int16), 11)
     gpu = GpuMatrix(kernels, "w", m)
     x = np.zeros((256, 96), np.int8)
     x[:tokens, :cols] = rng.integers(-127, 128, (tokens, cols))
     scale = np.ones((256, 3, 2), np.float32)
     a = Activations(device.upload("digits", x), device.upload("scale", scale))
-    bytes_, y = device.empty("bytes", gpu.n_bytes), device.empty("y", 4 * 256 * rows)
-    run(device, steps_of(gpu, a, y, bytes_, tokens))
-    got = device.read(y, np.float32, (tokens, rows))
+    assert far_outliers(m).size > rows + 1
+    room = -(-tokens // (32 if few else 64)) * (32 if few else 64)  # whole tiles
+    bytes_, y = device.empty("bytes", gpu.n_bytes), device.empty("y", 4 * splits * room * rows)
+    run(device, steps_of(gpu, a, y, bytes_, tokens, splits=splits, few=few))
+    got = device.read(y, np.float32, (splits, room, rows)).sum(axis=0)[:tokens]
     assert (got == x[:tokens, :cols].astype(np.int64) @ q.T).all()
 
 
 @pytest.mark.parametrize(
-    ("name", "n_splits"), [("attention_prompt", 1), ("attention_prompt", 3), ("attention_rows", 1)]
+    ("name", "n_splits", "paged"),
+    [
+        ("attention_prompt", 1, False),
+        ("attention_prompt", 3, True),
+        ("attention_rows", 1, False),
+        ("attention_rows", 1, True),
+    ],
 )
 @pytest.mark.parametrize(
     ("n_heads", "n_kv_heads", "head_dim"), sorted({heads[:3] for heads in HEADS})
@@ -170,8 +199,14 @@ def test_cache_write_and_attention_prompt(
     n_tokens: int,
     name: str,
     n_splits: int,
+    paged: bool,
 ) -> None:
     device, max_pos, theta = kernels.device, 96, 10000.0
+    table = rng.permutation(max_pos // BLOCK).astype(np.uint32)
+    # Where the positions are in the cache.
+    place = np.arange(max_pos)
+    if paged:
+        place = (BLOCK * table.astype(np.int64)[:, None] + np.arange(BLOCK)).ravel()
     half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
     tiled = name == "attention_prompt"
     if prompt.attention_bytes(head_dim, tiled=tiled) > device.workgroup_memory:
@@ -183,6 +218,7 @@ def test_cache_write_and_attention_prompt(
     packed = np.zeros((2, n_kv_heads, max_pos, padded, 2), np.float16)
     packed[:, :, :, :half, 0] = past[..., :half].transpose(0, 2, 1, 3)
     packed[:, :, :, :half, 1] = past[..., half:].transpose(0, 2, 1, 3)
+    packed[:, :, place] = packed.copy()
     keys, values = device.upload("k_cache", packed[0]), device.upload("v_cache", packed[1])
     heads = dict(
         n_heads=n_heads,
@@ -190,6 +226,7 @@ def test_cache_write_and_attention_prompt(
         head_dim=head_dim,
         half_padded=padded,
         max_pos=max_pos,
+        blocks_per_table=0,
     )
     buffers = dict(
         state=device.upload("state", np.array([pos, n_tokens] + [0] * 10, np.uint32)),
@@ -197,6 +234,7 @@ def test_cache_write_and_attention_prompt(
         rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
         k_cache=keys,
         v_cache=values,
+        blocks=device.upload("blocks", table),
     )
     stride = 2 * padded + 2
     nothing = np.full((room, n_heads, n_splits, stride), np.nan, np.float32)
@@ -208,11 +246,15 @@ def test_cache_write_and_attention_prompt(
         overrides = dict(half_quads=padded // 4, n_splits=n_splits)
     n_blocks = -(-n_heads * head_dim // 32)
     dispatches = [
-        kernels.get("cache_write").dispatch(
+        kernels.get("cache_write", paged=paged).dispatch(
             [-(-n_kv_heads * padded // 4 // 64), n_tokens + 3], heads, **buffers
         ),
         kernels.get(
-            name, tokens_per_group=tokens_per_group, row_quads=16 * padded, **overrides
+            name,
+            tokens_per_group=tokens_per_group,
+            row_quads=16 * padded,
+            paged=paged,
+            **overrides,
         ).dispatch(
             [n_kv_heads, -(-n_tokens // tokens_per_group) + 1, n_splits],
             dict(scale=head_dim**-0.5, **heads),
@@ -236,7 +278,7 @@ def test_cache_write_and_attention_prompt(
     def unpack(buffer: Any) -> np.ndarray:
         pairs = device.read(buffer, np.float16, packed.shape[1:])
         assert not pairs[:, :, half:].any()
-        pairs = pairs[:, :, :half]
+        pairs = pairs[:, place, :half]
         return np.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1).transpose(1, 0, 2)
 
     got_k, got_v = unpack(keys), unpack(values)

@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "engine.errors",
         "engine.tokenizer",
     ],
+    "engine/server": ["engine", "model.config", "model.reference", "weights.bits", "weights.cache"],
     "model/config.py": ["engine.errors"],
     "model/reference.py": ["model.config", "weights", "codec", "engine.sampler"],
     "chat.py": ["engine", "weights.bits", "weights.cache"],
@@ -67,10 +68,10 @@ def test_every_folder_of_code_is_packaged_with_its_shaders() -> None:
     patterns = SETUPTOOLS["package-data"]["*"]
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".wgsl"):
+            if path.suffix in (".py", ".wgsl", ".html"):
                 package = ".".join(path.parent.relative_to(ROOT).parts)
                 assert package in PACKAGES, f"{path.relative_to(ROOT)} is in no package"
-            if path.suffix == ".wgsl":
+            if path.suffix in (".wgsl", ".html"):
                 assert any(fnmatch(path.name, pattern) for pattern in patterns), path
     assert any((ROOT / "shaders").glob("*.wgsl"))
 

@@ -1,14 +1,9 @@
-// h = silu(gate) * up (Shazeer 2020, eq. 5); gate and up are the halves of y. The importer provides
-// fn y_sum(token, i) -> f32.
+// h = silu(gate) * up (Shazeer 2020, eq. 5); gate and up are the halves of y. Beside it stands quantize.wgsl; the importer
+// provides  fn y_sum4(token, columns) -> vec4<f32>.
 
 fn gated4(token: u32, quad: u32, hidden_dim: u32) -> vec4<f32> {  // four columns
-  var v = vec4<f32>(0.0);
-  for (var k = 0u; k < 4u; k++) {
-    let i = 4u * quad + k;
-    if (i < hidden_dim) {
-      let gate = y_sum(token, i);
-      v[k] = gate / (1.0 + exp(-gate)) * y_sum(token, hidden_dim + i);
-    }
-  }
-  return v;
+  let columns = columns_of(quad, hidden_dim);
+  let gate = y_sum4(token, columns);
+  let v = gate / (vec4<f32>(1.0) + exp(-gate)) * y_sum4(token, vec4<u32>(hidden_dim) + columns);
+  return select(vec4<f32>(0.0), v, vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(hidden_dim));
 }

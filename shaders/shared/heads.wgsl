@@ -1,4 +1,4 @@
-// Queries, keys and values of a pass of many tokens. Beside it stands pairs.wgsl; the importer provides
+// Queries, keys and values of a pass of many tokens of one sequence. Beside it stand pairs.wgsl and pages.wgsl; the importer provides
 // y: array<f32>  (tokens, rows of q | k | v),  params.n_heads, params.n_kv_heads, params.half_padded, params.max_pos.
 
 fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted through q | k | v
@@ -9,9 +9,9 @@ fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted t
 
 // Where four pairs lie in a cache of f16: vectors of four u32, each of elements i and i + head_dim / 2.
 fn k_index(kv_head: u32, pos: u32, quad: u32) -> u32 {
-  return (kv_head * params.max_pos + pos) * (params.half_padded / 4u) + quad;
+  return (kv_head * params.max_pos + cache_position(0u, pos)) * (params.half_padded / 4u) + quad;
 }
 
 fn v_index(kv_head: u32, pos: u32, quad: u32) -> u32 {
-  return (kv_head * params.max_pos + pos) * (params.half_padded / 4u) + quad;
+  return (kv_head * params.max_pos + cache_position(0u, pos)) * (params.half_padded / 4u) + quad;
 }

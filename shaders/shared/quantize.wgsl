@@ -7,6 +7,11 @@ override lanes: u32;  // of the workgroup; a multiple of 8
 var<workgroup> block_max: array<f32, lanes>;
 var<workgroup> block_sum: array<f32, lanes>;
 
+// The columns of a quad. Past the end the last one stands again, whose load does no harm.
+fn columns_of(quad: u32, dim: u32) -> vec4<u32> {
+  return min(vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(dim - 1u));
+}
+
 // To be called by all lanes of the workgroup; `group` = column / 4; groups past the end carry v = 0 and write nothing.
 fn quantize4(v: vec4<f32>, lane: u32, token: u32, group: u32, n_blocks: u32) {
   if (digits == FLOAT) {

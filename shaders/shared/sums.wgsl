@@ -1,5 +1,7 @@
 // What a lane of a matvec adds up for a row: one sum for each token of the pass.
 
-override tokens: u32;  // 1..MAX_TOKENS
+override tokens: u32;  // 1..MOST_SUMS
 
-alias Sums = array<f32, MAX_TOKENS>;
+const MOST_SUMS = 16u;
+
+alias Sums = array<f32, MOST_SUMS>;

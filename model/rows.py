@@ -1,0 +1,281 @@
+"""Rows: a Llama's passes over several sequences, a row each; one step per line, as in the paper.
+
+A row is a token with a place of its own in a sequence of its own; neighbouring rows may also be
+the next tokens of one sequence. Every weight is decoded once for all of them. What follows a
+product is the same for all rows, but attention goes through each one's own blocks of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from engine.kernel import Dispatch
+from engine.plan import Plan
+from model.gpu_matrix import Activations, GpuMatrix, Output
+from model.kv_cache import BLOCK, half_padded
+
+if TYPE_CHECKING:
+    from model.llama import Llama
+
+MOST_ROWS = 64
+# Rows up to which a weight is multiplied where it is decoded; more go through bytes in memory, as
+# prompts do. shaders/shared/sums.wgsl has no room for more.
+MATVEC_ROWS = 16
+_FEW_ROWS = 32  # for which products have smaller tiles
+_TILE = 64  # positions that attention may look up past the last one
+
+
+class _Product(NamedTuple):
+    """Of a matrix with all rows: f32 (splits, tokens, rows), how many of either see `Rows`."""
+
+    matrix: GpuMatrix
+    buffer: Any
+
+
+class Row(NamedTuple):
+    """As shaders/shared/rows.wgsl has it, and its token."""
+
+    token: int
+    pos: int
+    first: int  # row of the same sequence
+    seed: int
+
+
+class Rows:
+    """What a `Llama` needs besides for passes of up to `most` rows: `plan(bucket(n))` is one of n,
+    with the logits after each row.
+    """
+
+    def __init__(self, model: Llama, most: int, matvec_rows: int = MATVEC_ROWS) -> None:
+        self._model = model
+        self.config = c = model.config
+        self.kernels = model.kernels
+        device = model.device
+        prompt = model.prompt
+        self.matvec_rows = min(matvec_rows, MATVEC_ROWS)
+        # Without passes for prompts there are no products of many rows.
+        self.most = most = min(most, MOST_ROWS if prompt else self.matvec_rows)
+        self._blocks_per_table = -(-model.max_pos // BLOCK)
+        n = most
+        if prompt and most > self.matvec_rows:
+            n = prompt.whole_tiles(most)
+        d = model.digits
+        layer = model.blocks[0]
+
+        def activations(name: str, cols: int) -> Activations:
+            if prompt:
+                return Activations.for_matmul(device, f"batch.{name}", n, cols)
+            return Activations.empty(device, f"batch.{name}", n, d, cols)
+
+        def output(name: str, matrix: GpuMatrix) -> _Product:
+            size = matrix.splits * min(n, self.matvec_rows)
+            if n > self.matvec_rows:
+                size = max(size, self._splits(matrix, n) * n)
+            return _Product(matrix, device.empty(f"batch.{name}", 4 * size * matrix.rows))
+
+        self.state = device.empty("batch.state", 4 * (4 + n))
+        self.pass_rows = device.empty("batch.pass_rows", 16 * n)
+        self.blocks = device.empty("batch.blocks", 4 * (most * self._blocks_per_table + _TILE))
+        self.x = device.empty("batch.x", 4 * n * c.dim)
+        self.xn = activations("xn", c.dim)
+        self.qkv = output("qkv", layer.qkv_proj)
+        self.qkv_heads: Any = None
+        if c.qkv_bias or c.qk_norm:
+            self.qkv_heads = device.empty("batch.qkv_heads", 4 * n * layer.qkv_proj.rows)
+        partial = n * c.n_heads * model._splits * (2 * half_padded(c) + 2)
+        self.partial = device.empty("batch.attn.partial", 4 * partial)
+        self.arrived = device.empty("batch.arrived", 4 * n * c.n_heads)
+        self.attn = activations("attn", c.q_dim)
+        self.o = output("o", layer.o_proj)
+        self.gate_up = output("gate_up", layer.gate_up_proj)
+        self.h = activations("h", c.hidden_dim)
+        self.down = output("down", layer.down_proj)
+        self.logits = output("logits", model.lm_head)
+        self._plans: dict[int, Plan] = {}
+
+    def write_rows(self, rows: Sequence[Row]) -> None:
+        """The next pass reads these."""
+        tokens = [row.token for row in rows]
+        device = self._model.device
+        device.write(self.state, np.array([0, len(rows), 0, 0, *tokens], np.uint32))
+        values = [(row.pos, row.seed, row.first, 0) for row in rows]
+        device.write(self.pass_rows, np.array(values, np.uint32))
+
+    def write_blocks(self, tables: Sequence[Sequence[int]]) -> None:
+        """Each row's positions are in these blocks of the cache."""
+        values = np.zeros((len(tables), self._blocks_per_table), np.uint32)
+        for row, table in zip(values, tables, strict=True):
+            row[: len(table)] = table
+        self._model.device.write(self.blocks, values)
+
+    def bucket(self, n: int) -> int:
+        """Rows of the recorded pass that n of them take: the next power of two."""
+        return min(1 << (n - 1).bit_length(), self.most)
+
+    def plan(self, bucket: int) -> Plan:
+        if bucket not in self._plans:
+            self._plans[bucket] = Plan(self._step(bucket))
+        return self._plans[bucket]
+
+    def _step(self, n: int) -> Iterator[Dispatch]:
+        m = self._model
+        yield from m.embed_tokens.embed(self.state, self.x, tokens=n)
+        before = None
+        for i, layer in enumerate(m.blocks):
+            yield self._rms_norm(before, layer.input_layernorm, n)
+            yield from self._multiply(layer.qkv_proj, self.xn, self.qkv, n)
+            if self.qkv_heads is not None:
+                yield self._qkv_heads(layer.qkv_added, n)
+            yield self._attention(i, n)
+            if not m._finish:
+                yield self._attention_combine(n)
+            yield from self._multiply(layer.o_proj, self.attn, self.o, n)
+
+            yield self._rms_norm(self.o, layer.post_attention_layernorm, n)
+            yield from self._multiply(layer.gate_up_proj, self.xn, self.gate_up, n)
+            yield self._swiglu(n)
+            yield from self._multiply(layer.down_proj, self.h, self.down, n)
+            before = self.down
+        yield self._rms_norm(before, m.norm, n)
+        yield from self._multiply(m.lm_head, self.xn, self.logits, n)
+
+    def _multiply(
+        self, matrix: GpuMatrix, x: Activations, y: _Product, n: int
+    ) -> Iterator[Dispatch]:
+        m, splits = self._model, self._splits(matrix, n)
+        if n <= self.matvec_rows:
+            yield from matrix.matvec(x, Output(y.buffer, splits), tokens=n, digits=m.digits)
+        else:
+            assert m.prompt is not None
+            few = n <= _FEW_ROWS
+            for step in matrix.matmul(x, y.buffer, m.prompt.bytes, splits=splits, few=few):
+                yield step.of(n)
+
+    def _splits(self, matrix: GpuMatrix, n: int) -> int:
+        """Of a product of n rows; what reads it adds them up, but nothing does of the head's."""
+        if n <= self.matvec_rows:
+            return matrix.splits
+        return 1 if matrix is self._model.lm_head else matrix.few_splits()
+
+    def _tokens(self, n: int) -> int:
+        """That a split of such a product has room for."""
+        if n <= self.matvec_rows:
+            return n
+        tile = _FEW_ROWS if n <= _FEW_ROWS else 2 * _FEW_ROWS
+        return -(-n // tile) * tile
+
+    def _rms_norm(self, y: _Product | None, weight: Any, n: int) -> Dispatch:
+        c, m = self.config, self._model
+        splits = self._splits(y.matrix, n) if y else 0
+        kernel = self.kernels.get("rms_norm", lanes=m.lanes, digits=m.digits, splits=splits)
+        return kernel.dispatch(
+            [1, n],
+            dict(dim=c.dim, tokens=self._tokens(n), last=0, eps=c.norm_eps),
+            state=self.state,
+            y=y.buffer if y else self.down.buffer,
+            weight=weight,
+            x=self.x,
+            x_digits=self.xn.digits,
+            x_scale=self.xn.scale,
+        )
+
+    def _qkv_heads(self, weights: Any, n: int) -> Dispatch:
+        c = self.config
+        kernel = self.kernels.get(
+            "qkv_heads",
+            biased=c.qkv_bias,
+            normed=c.qk_norm,
+            splits=self._splits(self.qkv.matrix, n),
+            lanes=32,
+        )
+        return kernel.dispatch(
+            [c.n_heads + 2 * c.n_kv_heads, n],
+            dict(
+                n_heads=c.n_heads,
+                n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
+                tokens=self._tokens(n),
+                eps=c.norm_eps,
+            ),
+            y=self.qkv.buffer,
+            weights=weights,
+            out=self.qkv_heads,
+        )
+
+    def _attention(self, layer: int, n: int) -> Dispatch:
+        c, m = self.config, self._model
+        lanes, per_lane = m._attention_shape
+        whole = self.qkv_heads is not None
+        kernel = self.kernels.get(
+            "attention",
+            cache_f32=m.cache.f32,
+            splits=1 if whole else self._splits(self.qkv.matrix, n),
+            window=c.window(layer) or 0,
+            lanes=lanes,
+            per_lane=per_lane,
+            n_splits=m._splits,
+            finish=m._finish,
+            digits=m.digits,
+            batched=True,
+            paged=True,
+        )
+        return kernel.dispatch(
+            [m._splits, c.n_heads, n],
+            dict(
+                n_heads=c.n_heads,
+                n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
+                half_padded=half_padded(c),
+                max_pos=m.cache.max_pos,
+                tokens=self._tokens(n),
+                blocks_per_table=self._blocks_per_table,
+                scale=c.score_scale,
+            ),
+            state=self.state,
+            pass_rows=self.pass_rows,
+            blocks=self.blocks,
+            y=self.qkv_heads if whole else self.qkv.buffer,
+            rope=m.turns(layer),
+            k_cache=m.cache.keys[layer],
+            v_cache=m.cache.values[layer],
+            partial=self.partial,
+            arrived=self.arrived,
+            x_digits=self.attn.digits,
+            x_scale=self.attn.scale,
+        )
+
+    def _attention_combine(self, n: int) -> Dispatch:
+        c, m = self.config, self._model
+        n_blocks = -(-c.q_dim // 32)
+        kernel = self.kernels.get(
+            "attention_combine", lanes=m.lanes, digits=m.digits, n_splits=m._splits
+        )
+        return kernel.dispatch(
+            [-(-n_blocks * 8 // m.lanes), n],
+            dict(
+                n_heads=c.n_heads,
+                head_dim=c.head_dim,
+                half_padded=half_padded(c),
+                n_blocks=n_blocks,
+            ),
+            partial=self.partial,
+            x_digits=self.attn.digits,
+            x_scale=self.attn.scale,
+        )
+
+    def _swiglu(self, n: int) -> Dispatch:
+        c, m = self.config, self._model
+        n_blocks = -(-c.hidden_dim // 32)
+        kernel = self.kernels.get(
+            "swiglu", lanes=m.lanes, digits=m.digits, splits=self._splits(self.gate_up.matrix, n)
+        )
+        return kernel.dispatch(
+            [-(-n_blocks * 8 // m.lanes), n],
+            dict(hidden_dim=c.hidden_dim, n_blocks=n_blocks, tokens=self._tokens(n)),
+            y=self.gate_up.buffer,
+            x_digits=self.h.digits,
+            x_scale=self.h.scale,
+        )

@@ -1,0 +1,202 @@
+"""The kernels of passes over several sequences, each against its numpy twin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from test_kernels import F32, check_quantized, read_activations
+from test_kernels import kernels as kernels
+from test_kernels import rng as rng
+
+from engine.kernel import Kernels, shader_source
+from engine.plan import Plan, run
+from engine.sampler import STEPS, BatchSampler, Sampling
+from model import reference
+from model.gpu_matrix import Activations
+from model.kv_cache import BLOCK
+from model.llama import rope_table
+from model.rows import MATVEC_ROWS
+
+pytestmark = pytest.mark.gpu
+
+
+def test_shaders_agree_with_the_host() -> None:
+    for name, shader, value in (
+        ("BLOCK", "cache_write", BLOCK),
+        ("MOST_SUMS", "matvec", MATVEC_ROWS),
+    ):
+        declared = re.search(rf"^const {name} = (\d+)u;", shader_source(shader), re.MULTILINE)
+        assert declared and int(declared[1]) == value
+
+
+# Rows of a pass: (sequence, position), those of one sequence side by side.
+PLACES = [(0, 0), (1, 15), (1, 16), (1, 17), (2, 200), (3, 64), (3, 65)]
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "head_dim", "finish"), [(6, 2, 16, False), (9, 3, 64, True)]
+)
+@pytest.mark.parametrize(
+    ("n_splits", "lanes", "per_lane", "cache_f32", "window"),
+    [(1, 16, 4, False, 0), (16, 64, 1, False, 0), (2, 24, 2, True, 50)],
+)
+def test_attention_of_several_sequences(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    finish: bool,
+    n_splits: int,
+    lanes: int,
+    per_lane: int,
+    cache_f32: bool,
+    window: int,
+) -> None:
+    """Each row as if its sequence were alone, whose positions lie in blocks here and there."""
+    device, theta, max_pos = kernels.device, 10000.0, 208
+    half, all_heads, n = head_dim // 2, n_heads + 2 * n_kv_heads, len(PLACES)
+    per_table, n_sequences = max_pos // BLOCK, 4
+    n_positions = BLOCK * per_table * n_sequences
+    cache_type = np.float32 if cache_f32 else np.float16
+    tables = rng.permutation(per_table * n_sequences).reshape(n_sequences, per_table)
+    past = rng.normal(size=(2, n_positions, n_kv_heads, head_dim)).astype(cache_type)
+    packed = np.stack([past[..., :half], past[..., half:]], axis=3)  # lo, hi apart
+    if not cache_f32:
+        packed = packed.swapaxes(-1, -2)
+    packed = np.ascontiguousarray(packed.swapaxes(1, 2))
+    y = rng.normal(size=(n + 1, all_heads * head_dim)).astype(np.float32)
+    state = device.upload("state", np.array([0, n] + [0] * 10, np.uint32))
+    firsts = [next(i for i, (s, _) in enumerate(PLACES) if s == sequence) for sequence, _ in PLACES]
+    rows = np.zeros((n + 1, 4), np.uint32)
+    rows[:n, 0], rows[:n, 2] = [pos for _, pos in PLACES], firsts
+    of_rows = np.append(tables[[s for s, _ in PLACES]].ravel(), np.zeros(64 + per_table))
+    keys, values = (device.upload(f"cache {i}", packed[i]) for i in range(2))
+    partial = device.empty("partial", 4 * (n + 1) * n_heads * n_splits * (head_dim + 2))
+    out = Activations.empty(device, "attn", n + 1, 3, n_heads * head_dim)
+    finish &= lanes >= head_dim // 4
+    n_blocks = -(-n_heads * head_dim // 32)
+    sizes = dict(n_heads=n_heads, head_dim=head_dim, half_padded=half)
+    attention = kernels.get(
+        "attention",
+        cache_f32=cache_f32,
+        splits=1,
+        window=window,
+        lanes=lanes,
+        per_lane=per_lane,
+        n_splits=n_splits,
+        finish=finish,
+        digits=3,
+        batched=True,
+        paged=True,
+    ).dispatch(
+        [n_splits, n_heads, n + 1],
+        dict(
+            n_kv_heads=n_kv_heads,
+            max_pos=n_positions,
+            tokens=n + 1,
+            blocks_per_table=per_table,
+            scale=head_dim**-0.5,
+            **sizes,
+        ),
+        state=state,
+        pass_rows=device.upload("pass_rows", rows),
+        blocks=device.upload("blocks", of_rows.astype(np.uint32)),
+        y=device.upload("y", y),
+        rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
+        k_cache=keys,
+        v_cache=values,
+        partial=partial,
+        arrived=device.empty("arrived", 4 * (n + 1) * n_heads),
+        x_digits=out.digits,
+        x_scale=out.scale,
+    )
+    combine = kernels.get("attention_combine", lanes=64, digits=3, n_splits=n_splits).dispatch(
+        [-(-n_blocks * 8 // 64), n],
+        dict(n_blocks=n_blocks, **sizes),
+        partial=partial,
+        x_digits=out.digits,
+        x_scale=out.scale,
+    )
+    run(device, Plan([attention] if finish else [attention, combine]))
+
+    got_k, got_v = (
+        device.read(buffer, cache_type, packed.shape[1:]).swapaxes(0, 1)
+        for buffer in (keys, values)
+    )
+    if not cache_f32:
+        got_k, got_v = got_k.swapaxes(-1, -2), got_v.swapaxes(-1, -2)
+    got_k, got_v = (got.reshape(n_positions, n_kv_heads, head_dim) for got in (got_k, got_v))
+    q, k, v = np.split(
+        y[:n].astype(np.float64).reshape(n, all_heads, head_dim), [n_heads, n_heads + n_kv_heads], 1
+    )
+    size, half_ulp = np.abs(y).max(), 0.0 if cache_f32 else 2.0**-11
+    written = np.zeros(n_positions, bool)
+    got = read_activations(device, out, n + 1, 3, n_heads * head_dim)
+    for row, (sequence, pos) in enumerate(PLACES):
+        place = (BLOCK * tables[sequence][:, None] + np.arange(BLOCK)).ravel()
+        written[place[pos]] = True
+        # As test_rope_cache_and_attention derives both.
+        want_k = reference.rope(k[row : row + 1], pos, theta)[0]
+        tolerance = half_ulp * np.abs(want_k) + 2.0**-24 + 12 * F32 * size
+        assert_close(got_k[place[pos]], want_k, tolerance)
+        assert_close(got_v[place[pos]], v[row], half_ulp * np.abs(v[row]) + 2.0**-24)
+        want_q = reference.rope(q[row : row + 1], pos, theta)
+        cached = [values[place[: pos + 1]].astype(np.float64) for values in (got_k, got_v)]
+        want = reference.attention(want_q, *cached, pos, window=window or None)
+        largest = np.abs(cached[1]).max()
+        score_per_query = np.abs(cached[0]).max() * head_dim**0.5
+        score = np.abs(want_q).max() * score_per_query
+        error = 12 * size * score_per_query + (head_dim + 4) * score
+        error = 2 * largest * F32 * (error + 2 * (3 + 2 * score) + 2 * (pos + 1) + 64)
+        of_row = {key: values[row : row + 1] for key, values in got.items()}
+        check_quantized(assert_close, of_row, want, 3, error)
+    assert (got_k[~written] == past[0][~written]).all()
+    assert (got_v[~written] == past[1][~written]).all()
+
+
+def test_rows_are_drawn_each_in_its_own_way(kernels: Kernels, rng: np.random.Generator) -> None:
+    """As each would be alone, step after step; what is past the pass's last row stays."""
+    device, n, vocab_size, most = kernels.device, 5, 301, 8
+    logits = (rng.normal(size=(most, vocab_size)) * 3).astype(np.float32)
+    samplings = [
+        Sampling(),
+        Sampling(temperature=1.3, top_k=40, seed=5),
+        Sampling(0.9, 0, 0.9, 0.05, 6),
+        Sampling(temperature=0.7, seed=5),
+        Sampling(temperature=1.0, min_p=0.2, seed=1 << 31),
+    ]
+    positions = [0, 7, 7, 300, 12]
+    state = device.upload("state", np.array([0, n, 0, 0] + [9] * most, np.uint32))
+    rows = np.zeros((most, 4), np.uint32)
+    rows[:n, 0], rows[:n, 1] = positions, [s.seed for s in samplings]
+    pass_rows = device.upload("pass_rows", rows)
+    logits_buffer = device.upload("logits", logits)
+    sampler = BatchSampler(kernels, state, pass_rows, logits_buffer, vocab_size, most)
+    sampler.configure(samplings)
+    n_steps = STEPS + 2  # around the ring
+    run(device, *[sampler.plan(most)] * n_steps)
+    want = np.array(
+        [
+            [
+                reference.sampling_scores(
+                    logits[row], samplings[row], positions[row] + 1 + step
+                ).argmax()
+                for row in range(n)
+            ]
+            for step in range(n_steps)
+        ]
+    )
+    ring = device.read(sampler.sampled, np.uint32, (STEPS, most))
+    assert not ring[:, n:].any()
+    for step in range(2, n_steps):
+        assert (ring[step % STEPS, :n] == want[step]).all()
+    after = device.read(pass_rows, np.uint32, (most, 4))
+    assert (after[:n, 0] == np.array(positions) + n_steps).all() and (after[:n, 3] == n_steps).all()
+    assert (after[n:] == rows[n:]).all()
+    tokens = device.read(state, np.uint32, (4 + most,))[4:]
+    assert (tokens[:n] == want[-1]).all() and (tokens[n:] == 9).all()
