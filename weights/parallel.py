@@ -39,7 +39,8 @@ def in_order(
     but for an item that alone is larger.
     """
     n_threads = _workers(at_most)
-    yield from _in_order(ThreadPoolExecutor(n_threads), n_threads, function, items, size, budget)
+    pool = ThreadPoolExecutor(n_threads)
+    yield from _in_order(pool, n_threads, function, items, size, budget)
 
 
 def in_processes(
@@ -49,7 +50,8 @@ def in_processes(
     size: Callable[[T], int],
     budget: int = 0,
 ) -> Iterator[R]:
-    """`in_order`, in processes where there is work for them, of so many weights by `size`.
+    """`in_order`, in processes where there is work for them, of so many weights by `size`; as many
+    results may wait for one before them as the budget allows.
 
     They are forked: `function` finds all as it is here, but what it changes stays there; items and
     results are pickled. Where processes cannot be forked safely, and that is known only of Linux,
@@ -63,7 +65,7 @@ def in_processes(
         n_workers, get_context("fork"), initializer=_begin, initargs=(function,)
     )
     try:
-        yield from _in_order(pool, n_workers, _call, items, size, budget)
+        yield from _in_order(pool, len(items), _call, items, size, budget)
     except BrokenProcessPool:
         raise EngineError(
             "a process that worked on a matrix was ended from outside, perhaps because memory ran "
@@ -88,7 +90,7 @@ def _call(item: Any) -> Any:
 
 def _in_order(
     executor: Executor,
-    n_workers: int,
+    most_waiting: int,
     function: Callable[[T], R],
     items: Iterable[T],
     size: Callable[[T], int] | None,
@@ -100,7 +102,7 @@ def _in_order(
         try:
             for item in items:
                 own = 0 if size is None else size(item)
-                while waiting and (len(waiting) > n_workers or load + own > budget > 0):
+                while waiting and (len(waiting) > most_waiting or load + own > budget > 0):
                     future, freed = waiting.popleft()
                     load -= freed
                     yield future.result()
