@@ -14,7 +14,7 @@ from engine.device import Device, Readback
 from engine.errors import EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
 from engine.kernel import Dispatch
-from engine.memory import Memory, check_room, no_room
+from engine.memory import Memory, cache_kind, check_room, no_room
 from engine.plan import Plan, encode, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
@@ -28,6 +28,7 @@ from weights.cache import resolve
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096
+CACHES = "f16", "int8", "int4"
 
 
 __all__ = ["Engine", "Generation", "Memory", "Stats"]
@@ -43,6 +44,7 @@ class Engine:
         *,
         exact: bool = False,
         context: int | None = None,
+        cache: str = "f16",
         cache_positions: int | None = None,
         draft: WeightsFile | None = None,
     ) -> None:
@@ -63,17 +65,26 @@ class Engine:
             raise EngineError(
                 f"cache_positions is {positions}, expected at least the context, {self.context}"
             )
+        if cache not in CACHES:
+            raise EngineError(f"cache is {cache!r}, expected one of {', '.join(CACHES)}")
+        if exact and cache != "f16":
+            raise EngineError(f"exact activations keep their cache in f32, not in {cache}")
         if draft is not None:
             self._check_draft(draft)
-        check_room(weights, device, self.context, exact, positions)
+        check_room(weights, device, self.context, exact, cache, positions)
         before = device.allocated_bytes
         try:
             self._model = Llama(
-                device, weights, self.context, exact=exact, cache_positions=positions
+                device,
+                weights,
+                self.context,
+                exact=exact,
+                cache=cache_kind(exact, cache),
+                cache_positions=positions,
             )
         except OutOfMemoryError as error:
             room = device.allocated_bytes - before  # what it gave till then
-            raise no_room(weights, device, self.context, exact, room, positions) from error
+            raise no_room(weights, device, self.context, exact, room, cache, positions) from error
         weights.release_pages()  # they are on the device now
         self._sampler = Sampler(
             self._model.kernels,
@@ -105,7 +116,7 @@ class Engine:
         self._draft_chance = Chance(1.2)
         if draft is not None:
             room = min(self.context, draft.config.max_seq_len)
-            self._draft = Engine(draft, device, exact=exact, context=room)
+            self._draft = Engine(draft, device, exact=exact, context=room, cache=cache)
 
     @classmethod
     def open(
@@ -114,6 +125,7 @@ class Engine:
         *,
         exact: bool = False,
         context: int | None = None,
+        cache: str = "f16",
         cache_positions: int | None = None,
         adapter: str | None = None,
         bits: Bits | None = None,
@@ -123,12 +135,15 @@ class Engine:
 
         `exact` computes with f32-like activations instead of int8 ones. `context` is the number of
         positions to make room for, `cache_positions` that for all sequences of a batch together, if
-        it is to be more; `adapter` picks one by number or part of its name. `draft` is a smaller
+        it is to be more; `cache` is what it keeps of them: "f16", "int8", or "int4", values in 4
+        bits and keys in 8. `adapter` picks one by number or part of its name. `draft` is a smaller
         model with the same tokenizer, whose guesses may make this one faster.
         """
         weights = WeightsFile.open(resolve(model, bits))
         drafts = None if draft is None else WeightsFile.open(resolve(draft))
-        options: dict[str, Any] = dict(context=context, cache_positions=cache_positions)
+        options: dict[str, Any] = dict(
+            context=context, cache=cache, cache_positions=cache_positions
+        )
         return cls(weights, Device.open(adapter), exact=exact, draft=drafts, **options)
 
     def memory(self) -> Memory:

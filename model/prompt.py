@@ -259,10 +259,10 @@ class Prompt:
 
     def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any, paged: bool) -> Step:
         c = self.config
-        quads = c.n_kv_heads * half_padded(c) // 4
+        kernel = self.kernels.get("cache_write", paged=paged, **self._model.cache.overrides)
         return Step(
-            self.kernels.get("cache_write", paged=paged).dispatch(
-                [-(-quads // 64), 1],
+            kernel.dispatch(
+                [c.n_kv_heads, 1],
                 self._heads,
                 state=self.state,
                 y=qkv,
@@ -278,7 +278,10 @@ class Prompt:
         c = self.config
         half_quads = half_padded(c) // 4
         overrides = dict(
-            tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS, paged=paged
+            tokens_per_group=self._attention_tokens,
+            row_quads=2 * half_quads * _ROWS,
+            paged=paged,
+            **self._model.cache.overrides,
         )
         if self._tiled:
             overrides |= dict(half_quads=half_quads, n_splits=self._splits)

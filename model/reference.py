@@ -125,6 +125,24 @@ def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int
     v_cache[pos : pos + len(v)] = v
 
 
+def quantize_cache(x: Floats, bits: int) -> tuple[Integers, Floats]:
+    """Heads (..., head_dim) as the cache keeps them in 8 or 4 bits: integers, and their scale
+    (...): the largest of a head is 127 or 7 of it.
+    """
+    top = (1 << (bits - 1)) - 1
+    scale = np.max(np.abs(x), axis=-1) / x.dtype.type(top)
+    divisor = np.where(scale > 0, scale, x.dtype.type(1))[..., None]
+    return np.rint(x / divisor).astype(np.int8), scale
+
+
+def cached(x: Floats, bits: int) -> Floats:
+    """What a cache of so many bits gives back of heads (..., head_dim); above 8 all of it."""
+    if bits > 8:
+        return x
+    q, scale = quantize_cache(x, bits)
+    return q.astype(x.dtype) * scale[..., None]
+
+
 def attention(
     q: Floats,
     k_cache: Floats,
@@ -224,7 +242,8 @@ class Reference:
 
     `tensors` has the names of a weights file: dense matrices (rows, cols), `qkv_proj` and
     `gate_up_proj` fused, vectors with `.weight`. With `int8`, what each matrix product reads is
-    quantized first. The cache rounds to `cache_dtype`: float16 as the engine's does.
+    quantized first. The cache rounds to `cache_dtype`: float16 as the engine's does, unless it
+    keeps keys and values in `cache_bits`.
     """
 
     def __init__(
@@ -234,10 +253,12 @@ class Reference:
         *,
         int8: bool = False,
         cache_dtype: npt.DTypeLike = np.float16,
+        cache_bits: tuple[int, int] = (16, 16),
     ) -> None:
         self.config = config
         self.tensors = tensors
         self.int8 = int8
+        self.cache_bits = cache_bits
         self.n_past = 0  # positions that the cache holds
         shape = (config.n_layers, config.max_seq_len, config.n_kv_heads, config.head_dim)
         self.k_cache: Floats = np.zeros(shape, cache_dtype)
@@ -285,6 +306,7 @@ class Reference:
             q, k, v = np.split(qkv, (c.n_heads, c.n_heads + c.n_kv_heads), axis=1)
             if c.is_rotated(i):
                 q, k = (rope(each, pos, c.rope_theta, c.rope_divisors) for each in (q, k))
+            k, v = (cached(each, bits) for each, bits in zip((k, v), self.cache_bits, strict=True))
             cache_write(k_cache, v_cache, k, v, pos)
             attn = attention(q, k_cache, v_cache, pos, c.score_scale, c.window(i))
             x = x + self._product(f"{layer}.self_attn.o_proj", attn)

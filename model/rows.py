@@ -211,7 +211,7 @@ class Rows:
         whole = self.qkv_heads is not None
         kernel = self.kernels.get(
             "attention",
-            cache_f32=m.cache.f32,
+            **m.cache.overrides,
             splits=1 if whole else self._splits(self.qkv.matrix, n),
             window=c.window(layer) or 0,
             lanes=lanes,

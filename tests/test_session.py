@@ -160,8 +160,8 @@ def test_sessions_with_wrong_contents_are_refused(
     refused(engine, path, "another shape")
     write({**tensors, "more": np.zeros(3, np.uint32)})
     refused(engine, path, "another shape")
-    write(tensors, format_version="2")
-    refused(engine, path, "version 2, expected 1")
+    write(tensors, format_version="3")
+    refused(engine, path, "version 3, expected 2")
     write(tensors, crc32="")
     refused(engine, path, "no checksums")
 
