@@ -275,9 +275,7 @@ class Llama:
         )
         return kernel.dispatch(
             [1, tokens],
-            dict(
-                tokens=pass_tokens, last=int(tokens < pass_tokens), eps=self.config.norm_eps
-            ),
+            dict(tokens=pass_tokens, last=int(tokens < pass_tokens), eps=self.config.norm_eps),
             state=self.state,
             y=y.buffer if y else self.down.buffer,
             weight=weight,
