@@ -307,10 +307,6 @@ class Engine:
             self._active.close()
             self._active = None
 
-    def _begin_batch(self, batch: Batch) -> None:
-        self._stop_active()
-        self._batch = batch
-
     def _claim_cache(self) -> None:
         """For the sequences of the batch."""
         if self._active is not None:
