@@ -242,7 +242,9 @@ class Engine:
         """Go on after all prompts at once, with at most `max_tokens` ids each; every token comes
         with the number of its prompt. A `Batch` does more: sequences join and leave.
         """
-        batch = Batch(self, min(MOST_ROWS, max(1, len(prompts))))
+        n, batch = min(MOST_ROWS, max(1, len(prompts))), self._batch
+        if batch is None or batch.busy or batch.max_sequences < n:
+            batch = Batch(self, n)
         sequences = [batch.add(ids, max_tokens=max_tokens, sampling=sampling) for ids in prompts]
         return _tokens(batch, sequences)
 
