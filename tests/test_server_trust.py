@@ -111,7 +111,9 @@ def test_malformed_requests_are_refused(running: Running) -> None:
     assert running.http.get("/health").status_code == 200
 
 
-def test_a_client_that_leaves_frees_its_place(running: Running) -> None:
+def test_a_client_that_leaves_frees_its_place(
+    running: Running, capfd: pytest.CaptureFixture[str]
+) -> None:
     for asked_to_stream in (True, False):
         before = running.metric("answer_generated_tokens_total")
         body = {"messages": [{"role": "user", "content": "x"}], "stream": asked_to_stream, "n": 8}
@@ -123,6 +125,7 @@ def test_a_client_that_leaves_frees_its_place(running: Running) -> None:
             while running.metric("answer_generated_tokens_total") < before + 8:
                 time.sleep(0.01)
         running.wait_idle()
+        assert capfd.readouterr().err == ""  # it is nothing to be told of
         # 8 answers of 280 tokens were not run to their end.
         assert running.metric("answer_generated_tokens_total") - before < 8 * 200
 

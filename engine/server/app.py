@@ -260,6 +260,8 @@ async def _events(
                 piece = await anext(pieces)
         except StopAsyncIteration:
             pass
+        except ClientDisconnect:
+            return
         except RequestError as error:
             yield event(error.body)
             return
