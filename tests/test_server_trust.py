@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,8 @@ import pytest
 from running_server import Running, says, write_model
 from wgpu.backends.wgpu_native._api import libf
 
+from engine import Engine
+from engine.errors import DeviceError, EngineError
 from engine.server import command
 
 pytestmark = pytest.mark.gpu
@@ -165,6 +166,21 @@ def test_a_lost_device_is_told_of_and_opened_again(running: Running) -> None:
     running.wait_idle()
 
 
+def test_a_device_that_is_gone_for_good_ends_the_server(weights: Path) -> None:
+    def gone() -> Engine:
+        raise DeviceError("there is no such adapter")
+
+    running = Running(weights)
+    running.server.worker._open_engine = gone
+    libf.wgpuDeviceDestroy(running.engines[-1].device.wgpu._internal)
+    with pytest.raises(openai.APIError, match="the device failed"):
+        running.chat("Hi")
+    running.thread.join(20)
+    (error,) = running.errors
+    assert isinstance(error, EngineError) and str(error) == "there is no such adapter"
+    running.stop()
+
+
 def test_a_key_and_the_end(weights: Path) -> None:
     """Whoever has the key is served; at the end, what runs may end or is told."""
     running = Running(weights, key="se cret", max_sequences=1, max_waiting=1, grace_seconds=0)
@@ -177,11 +193,11 @@ def test_a_key_and_the_end(weights: Path) -> None:
         wrong.models.list()
     stream = running.chat("Hi", stream=True)
     next(stream)
-    threading.Timer(0.05, running.stop).start()
+    running.server.should_exit = True
     with pytest.raises(openai.APIError, match="shutting down"):
         list(stream)
-    running.thread.join(30)
-    assert not running.errors and not running.thread.is_alive()
+    running.stop()
+    assert not running.errors
     with pytest.raises(ConnectionError):
         socket.create_connection(running.address, timeout=1)
 

@@ -210,7 +210,8 @@ class Api:
         try:
             while n_running:
                 try:
-                    piece = await asyncio.wait_for(queue.get(), _SILENCE_SECONDS)
+                    async with asyncio.timeout(_SILENCE_SECONDS):
+                        piece = await queue.get()
                 except TimeoutError:
                     yield None
                     continue
