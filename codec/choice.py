@@ -5,7 +5,7 @@ decide here, as their result is stored. Predictions are within 0.2 % of what is 
 bit a weight they may be 3 % too high, as a table that has a group at its cap does better than that.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
 from itertools import combinations_with_replacement, pairwise
 from math import factorial
@@ -23,7 +23,11 @@ FAST_RAW_BITS = (
 )
 # which makes a matvec about half as long again: so many bits a weight must be gained by it
 SLOW_BITS = 0.15
+# What an outlier costs where codes are compared: in a file about half of it, but a matvec reads 32
+# bits, and adds it up apart from all else.
 OUTLIER_BITS = 32
+# In a file: where it is in its row, and these, for a remainder of a few units.
+_REMAINDER_BITS = 5.0
 MAX_HIGH = 2**15 - MAX_SYMBOLS[2]  # |q >> raw_bits|, for an outlier's remainder to fit 16 bits
 MAX_INTEGER = MAX_HIGH << MAX_RAW_BITS
 
@@ -51,6 +55,7 @@ class RowClass(NamedTuple):
     low: int  # of q >> raw_bits; low <= 0 <= high
     high: int
     bits: float  # predicted, of the streams and outliers of these rows, without raw bits
+    outliers: float  # predicted, how many
 
 
 class Code(NamedTuple):
@@ -60,7 +65,9 @@ class Code(NamedTuple):
     raw_bits: int
     min_symbol: int
     n_symbols: int
+    n_weights: float  # to be coded
     bits: float  # predicted, of all streams and outliers
+    outliers: float  # predicted, how many
     classes: tuple[RowClass, ...]
 
 
@@ -82,30 +89,8 @@ def choose_code(
     that more than FAST_RAW_BITS raw bits have to be worth it.
     """
     units = np.atleast_2d(counts).astype(np.float64)
-    n_weights = float(units.sum())
-    q = np.arange(units.shape[1]) + lowest
-    best, least = Code(2, 0, 0, 0, np.inf, ()), np.inf
-    for raw_bits, group in [(0, 2), (0, 4), *((b, 2) for b in range(1, max_raw_bits + 1))]:
-        if group not in groups:
-            continue
-        # A group of entropy P is due one state, and there is no gain in more of these.
-        if group == 4 and log2_states * n_weights < group * best.bits < np.inf:
-            continue
-        high = q >> raw_bits
-        if max(-high[0], high[-1], -(-largest >> raw_bits)) > MAX_HIGH:
-            continue
-        # A group has at least one bit beside its raw ones, which may settle it.
-        if (raw_bits + 1 / group) * n_weights > best.bits:
-            break
-        found = _choose_classes(_near(units, high), rows, log2_states, group)
-        min_symbol = min(found, key=lambda c: c.low).low
-        n_symbols = max(found, key=lambda c: c.high).high - min_symbol + 1
-        bits = sum(c.bits for c in found) + raw_bits * n_weights
-        handicap = SLOW_BITS * n_weights if raw_bits > FAST_RAW_BITS >= best.raw_bits else 0
-        total = bits + _MARGINAL_BITS * len(found) * n_symbols
-        if total + handicap < least:
-            best, least = Code(group, raw_bits, min_symbol, n_symbols, bits, tuple(found)), total
-    return best
+    codes = list(_codes(units, lowest, log2_states, max_raw_bits, largest, rows, groups))
+    return codes[int(np.argmin([_price(code) for code in codes]))]
 
 
 def predicted_bits(
@@ -118,13 +103,63 @@ def predicted_bits(
 
     Much faster than `choose_code`: what one class would take, less what classes save by entropy.
     """
-    code = choose_code(counts.sum(axis=0), lowest, log2_states)
-    near = _near(counts.astype(np.float64), np.arange(counts.shape[1]) + lowest >> code.raw_bits)
-    _, saved = classes.split(near, rows, classes.MAX_STATES >> log2_states, _MARGINAL_BITS)
-    bits = max(code.bits - saved, counts.sum() / code.group)
-    # The state bits of each row's last group are not stored.
-    unread = code.group * rows.sum() * (bits / counts.sum() - code.raw_bits)
-    return float(bits + _MARGINAL_BITS * code.n_symbols - unread)
+    units = counts.astype(np.float64)
+    n_weights, n_rows = float(units.sum()), int(rows.sum())
+    q = np.arange(units.shape[1]) + lowest
+    outlier_bits = np.log2(n_weights / n_rows) + _REMAINDER_BITS
+    price, predicted = np.inf, np.inf
+    for code in _codes(units.sum(axis=0, keepdims=True), lowest, log2_states):
+        near = _near(units, q >> code.raw_bits)
+        _, saved = classes.split(near, rows, classes.MAX_STATES >> log2_states, _MARGINAL_BITS)
+        least = n_weights / code.group
+        if _price(code) - saved < price:
+            price = _price(code) - saved
+            stored = code.bits - code.outliers * (OUTLIER_BITS - outlier_bits)
+            bits = max(stored - saved, least)
+            # The state bits of each row's last group are not stored.
+            unread = code.group * n_rows * (bits / n_weights - code.raw_bits)
+            predicted = bits + _MARGINAL_BITS * code.n_symbols - unread
+    return float(predicted)
+
+
+def _codes(
+    units: FloatArray,
+    lowest: int,
+    log2_states: int,
+    max_raw_bits: int = MAX_RAW_BITS,
+    largest: int = 0,
+    rows: IntArray = _ONE_UNIT,
+    groups: Collection[int] = GROUPS,
+) -> Iterator[Code]:
+    """What may be the best code of `choose_code`, in order of raw bits; at least one."""
+    n_weights = float(units.sum())
+    q = np.arange(units.shape[1]) + lowest
+    least = np.inf
+    for raw_bits, group in [(0, 2), (0, 4), *((b, 2) for b in range(1, max_raw_bits + 1))]:
+        if group not in groups:
+            continue
+        # A group of entropy P is due one state, and there is no gain in more of these.
+        if group == 4 and log2_states * n_weights < group * least < np.inf:
+            continue
+        high = q >> raw_bits
+        if max(-high[0], high[-1], -(-largest >> raw_bits)) > MAX_HIGH:
+            continue
+        # A group has at least one bit beside its raw ones, which may settle it.
+        if (raw_bits + 1 / group) * n_weights > least:
+            break
+        found = _choose_classes(_near(units, high), rows, log2_states, group)
+        min_symbol = min(found, key=lambda c: c.low).low
+        n_symbols = max(found, key=lambda c: c.high).high - min_symbol + 1
+        bits = sum(c.bits for c in found) + raw_bits * n_weights
+        outliers = sum(c.outliers for c in found)
+        least = min(least, bits)
+        yield Code(group, raw_bits, min_symbol, n_symbols, n_weights, bits, outliers, tuple(found))
+
+
+def _price(code: Code) -> float:
+    """Bits, and what else speaks against it."""
+    handicap = SLOW_BITS * code.n_weights if code.raw_bits > FAST_RAW_BITS else 0
+    return code.bits + _MARGINAL_BITS * len(code.classes) * code.n_symbols + handicap
 
 
 def _near(counts: FloatArray, value: IntArray) -> FloatArray:
@@ -146,16 +181,18 @@ def _choose_classes(
     symbols = [_choose_symbols(counts, log2_states, group) for counts in joined]
     low, high = min(s[0] for s in symbols), max(s[1] for s in symbols)
     if high - low >= MAX_SYMBOLS[group]:  # classes that lean to different sides get one range
-        low, high, _ = _choose_symbols(near.sum(axis=0), log2_states, group)
-        symbols = [(low, high, _bits(counts, low, high, log2_states, group)) for counts in joined]
+        low, high, *_ = _choose_symbols(near.sum(axis=0), log2_states, group)
+        symbols = [(low, high, *_bits(counts, low, high, log2_states, group)) for counts in joined]
     return [
-        RowClass(first, end, low, high, bits)
-        for (first, end), (low, high, bits) in zip(ranges, symbols, strict=True)
+        RowClass(first, end, *of_class)
+        for (first, end), of_class in zip(ranges, symbols, strict=True)
     ]
 
 
-def _choose_symbols(near: FloatArray, log2_states: int, group: int) -> tuple[int, int, float]:
-    """The best range of symbols, low and high, and its bits; what is beyond becomes an outlier.
+def _choose_symbols(
+    near: FloatArray, log2_states: int, group: int
+) -> tuple[int, int, float, float]:
+    """The best range of symbols, low and high, its bits and outliers, which all beyond it are.
 
     `near` are the counts of -32 .. 32; no range with 0 in it has both of the ends.
     """
@@ -163,12 +200,12 @@ def _choose_symbols(near: FloatArray, log2_states: int, group: int) -> tuple[int
     low, high = min(int(used[0]), _ZERO), max(int(used[-1]), _ZERO)
     high += low == high  # a code has at least two symbols
 
-    best = (0, 0, np.inf)
+    best = (0, 0, np.inf, 0.0)
     while high > low:
         if high - low < MAX_SYMBOLS[group]:
-            bits = _bits(near, low - _ZERO, high - _ZERO, log2_states, group)
+            bits, outliers = _bits(near, low - _ZERO, high - _ZERO, log2_states, group)
             if bits < best[2]:
-                best = (low - _ZERO, high - _ZERO, bits)
+                best = (low - _ZERO, high - _ZERO, bits, outliers)
             if bits > 1.01 * best[2]:  # past the optimum, where bits grow but for ripples
                 break
         if high == _ZERO or (low < _ZERO and near[low] <= near[high]):
@@ -178,19 +215,24 @@ def _choose_symbols(near: FloatArray, log2_states: int, group: int) -> tuple[int
     return best
 
 
-def _bits(near: FloatArray, low: int, high: int, log2_states: int, group: int) -> float:
-    """Bits of streams and outliers if the symbols low .. high have states."""
+def _bits(
+    near: FloatArray, low: int, high: int, log2_states: int, group: int
+) -> tuple[float, float]:
+    """Bits of streams and outliers if the symbols low .. high have states; how many outliers."""
     n_weights, first, last = near.sum(), low + _ZERO, high + _ZERO
     p = near[first : last + 1] / n_weights
     below, above = near[:first].sum(), near[last + 1 :].sum()
     p[0] += below / n_weights
     p[-1] += above / n_weights
-    in_streams = n_weights / group * _group_bits(p, log2_states, group)
-    return float(in_streams + OUTLIER_BITS * (below + above))
+    bits, rare = _group_bits(p, log2_states, group)
+    n_groups, outside = n_weights / group, below + above
+    return float(n_groups * bits + OUTLIER_BITS * outside), float(n_groups * rare + outside)
 
 
-def _group_bits(p: FloatArray, log2_states: int, group: int) -> float:
-    """Expected bits of a group of symbols of probabilities p (n,), with rare groups' outliers."""
+def _group_bits(p: FloatArray, log2_states: int, group: int) -> tuple[float, float]:
+    """Expected bits of a group of symbols of probabilities p (n,), with rare groups' outliers; and
+    the share of these groups.
+    """
     states = 1 << log2_states
     p = np.clip(p, 1 / MARGINAL_TOTAL, 1 - 1 / MARGINAL_TOTAL)
     groups, times = _combinations(p.size, group)
@@ -204,8 +246,9 @@ def _group_bits(p: FloatArray, log2_states: int, group: int) -> float:
     else:
         shares = _shares(falling, times_kept, states)
     # A rare group pays for its outlier and for a group of the table.
-    rare_bits = (weights * times)[~kept].sum() * (OUTLIER_BITS + log2_states / 2)
-    return float((falling * times_kept) @ np.log2(states / shares) + rare_bits)
+    rare = (weights * times)[~kept].sum()
+    kept_bits = (falling * times_kept) @ np.log2(states / shares)
+    return float(kept_bits + rare * (OUTLIER_BITS + log2_states / 2)), float(rare)
 
 
 @cache

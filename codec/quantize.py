@@ -15,7 +15,7 @@ from codec import choice, classes, scale
 from codec.scale import ScaleLog2
 
 _BINS = 512  # per spread, centred on its multiples: a weight of 0 is well inside its bin
-_GROUPS = 8  # of rows of like size, told apart to predict what classes save
+_GROUPS = 12  # of rows of like size, told apart to predict what classes save
 _REACH = 32  # spreads; what is larger is counted as this large, and will be an outlier all the same
 _CHUNK_WEIGHTS = 1 << 20
 _SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**6  # in units of the spread; at the end nearly all is zero
@@ -86,9 +86,11 @@ def bisect_constant(
     bits_per_weight: float,
     log2_states: int = 12,
     saved: float = 0.0,
+    near: float | None = None,
 ) -> float:
     """The c at which these matrices together take the asked stored bits per weight, or just less,
-    if their quantizer takes `saved` bits a weight less than rounding does.
+    if their quantizer takes `saved` bits a weight less than rounding does. The search begins `near`
+    some c, which makes it shorter.
 
     One c for all of them equalises what one more bit is worth in each. Raises ValueError if steps
     would be outside of 2^-7 .. 2^6 root mean squares: up to about 10 bits can be had, and down to a
@@ -98,7 +100,8 @@ def bisect_constant(
     n_weights = sum(h.rows * h.cols for h in histograms)
     spread = sum(h.rows * h.cols * np.log2(h.spread) for h in histograms) / n_weights
     too_small, too_large = low, high = np.log2((_SMALLEST_C, _LARGEST_C)) + spread
-    x = 2.1 - wanted + spread  # log2 c; a Gaussian's entropy is 2.05 - log2 c
+    # log2 c; a Gaussian's entropy is 2.05 - log2 c
+    x = 2.1 - wanted + spread if near is None else np.log2(near)
     while high - low > 1e-4:
         if not low < x < high:
             x = (low + high) / 2

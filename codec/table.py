@@ -230,8 +230,8 @@ def _apportion(weights: IntArray, total: int, cap: int) -> IntArray:
     """Shares of `total` in proportion to weights, each 1 .. cap, by Webster's divisor method.
 
     A share is its weight over a common divisor, rounded to nearest. The divisor is the smallest
-    integer that does not exceed the total; units still left go to the shares next in line to be
-    rounded up (ties: lower index).
+    integer that does not exceed the total, or another that gives the same shares; units still left
+    go to the shares next in line to be rounded up (ties: lower index).
     """
     # Scaled so that the next smaller divisor raises no share by more than one.
     weights = weights << 60 - int(weights.max()).bit_length()
@@ -243,10 +243,13 @@ def _apportion(weights: IntArray, total: int, cap: int) -> IntArray:
     too_small, enough = 0, 1 << 60
     while enough - too_small > 1:
         middle = (too_small + enough) // 2
-        if shares(middle).sum() > total:
+        excess = shares(middle).sum() - total
+        if excess > 0:
             too_small = middle
         else:
             enough = middle
+        if excess == 0:
+            break
     share = shares(enough)
     in_line = np.where(share < cap, weights // (2 * share + 1), -1)
     share[np.argsort(-in_line, kind="stable")[: total - share.sum()]] += 1

@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("weights.inspect", "main", "show what a weights file holds, and check all of it"),
     "bench": ("engine.bench", "main", "measure speed"),
     "evaluate": ("engine.evaluate", "main", "measure quality against the unconverted model"),
+    "plot": ("engine.draw", "main", "draw what these two have measured"),
     "list": ("weights.models", "list_main", "show the models in the cache"),
     "rm": ("weights.models", "rm_main", "delete a model from the cache"),
 }

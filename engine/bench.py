@@ -315,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kernels_help = "matvecs alone at --bits (3), coded beside uncompressed; no model"
     add("--kernels", action="store_true", help=kernels_help)
     add("--tokens", type=int, nargs="*", default=[1], metavar="N", help="of those, 1 to 8 (1)")
+    add("--plot", type=Path, metavar="FILE", help="draw what is measured into a .png or .svg")
     a = parser.parse_args(arguments)
     if min([a.repeats, *a.pp]) < 1 or min(a.tg, default=2) < 2 or min(a.depth, default=0) < 0:
         parser.error("--repeats and --pp take 1 or more, --tg 2 or more, --depth 0 or more")
@@ -323,8 +324,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (a.kernels or a.shape) and a.bits == "lossless":
         parser.error("--kernels and --shape take a number for --bits")
     try:
+        if a.plot is not None:
+            from engine.plot import check_picture  # matplotlib is optional
+
+            check_picture(a.plot)
         if a.kernels:
-            return _bench_kernels(a.adapter, a.bits or 3.0, a.tokens)
+            return _bench_kernels(a.adapter, a.bits or 3.0, a.tokens, a.plot)
         engine = _open(a)
         rows = bench(engine, a.pp, a.tg, a.depth, a.repeats)
         tasks = bench_speculation(engine, 200, a.repeats) if a.speculation else []
@@ -351,8 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about["speculation"] = [dataclasses.asdict(task) for task in tasks]
     about["batch"] = [dataclasses.asdict(row) for row in batches]
     about["profile"] = [dataclasses.asdict(launch) for launch in launches]
-    print(json.dumps(about))
-    return 0
+    return _finish(about, a.plot)
 
 
 def _open(a: argparse.Namespace) -> Engine:
@@ -370,11 +374,27 @@ def _open(a: argparse.Namespace) -> Engine:
         return Engine.open(path, **options)
 
 
-def _bench_kernels(adapter: str | None, bits: float, tokens: Sequence[int]) -> int:
+def _bench_kernels(
+    adapter: str | None, bits: float, tokens: Sequence[int], plot: Path | None
+) -> int:
     device = Device.open(adapter)
     rows = list(bench_kernels(device, SHAPES, bits, tokens))
-    print(f"{device.name}, {time.strftime('%Y-%m-%d')}\n\n{kernels_markdown(rows)}\n")
-    print(json.dumps({"adapter": device.name, "rows": [dataclasses.asdict(row) for row in rows]}))
+    about = {"adapter": device.name, "date": time.strftime("%Y-%m-%d")}
+    print(f"{device.name}, {about['date']}\n\n{kernels_markdown(rows)}\n")
+    return _finish({**about, "rows": [dataclasses.asdict(row) for row in rows]}, plot)
+
+
+def _finish(run: dict[str, Any], plot: Path | None) -> int:
+    """The line for machines, and the picture."""
+    print(json.dumps(run))
+    if plot is not None:
+        from engine.draw import draw
+
+        try:
+            draw([run], plot)
+        except EngineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import wgpu
 from wgpu.backends.wgpu_native import GPUShaderModule, _api
 from wgpu.backends.wgpu_native.extras import set_instance_extras
 
-from engine.errors import DeviceError, OutOfMemoryError
+from engine.errors import DeviceError, DeviceLostError, OutOfMemoryError
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
@@ -28,7 +29,7 @@ _RAISED_LIMITS = (
     "max-compute-workgroup-size-x",
     "max-compute-workgroup-size-y",
 )
-_MOST_BUFFERS = 13  # of a kernel; without that many there are no launches that do two things
+_MOST_BUFFERS = 14  # of a kernel; without that many there are no launches that do two things
 _PREFERENCE = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 3}  # anything else: 2
 
 # Without it Vulkan's window system layer, which nothing here uses, complains on stderr.
@@ -108,6 +109,24 @@ class Device:
     @classmethod
     def open(cls, wanted: str | None = None) -> Device:
         return cls(choose_adapter(wanted))
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What wgpu raises inside, as DeviceLostError or OutOfMemoryError where it is one."""
+        try:
+            yield
+        except (wgpu.GPUError, RuntimeError) as error:  # a mapping that fails raises the latter
+            if "lost" in str(error):
+                raise DeviceLostError(
+                    f"{self.name}: the device was lost (its driver was reset, or it was unplugged);"
+                    " open the model again"
+                ) from error
+            if isinstance(error, wgpu.GPUOutOfMemoryError):
+                raise OutOfMemoryError(
+                    f"{self.name}: out of memory beside the {self.allocated_bytes / 2**20:.0f} MiB "
+                    "in use; close other programs, or use a smaller --context"
+                ) from error
+            raise
 
     def free_bytes(self) -> int | None:
         """Memory that is left, None where nobody tells: wgpu does not, a CPU's is the host's."""

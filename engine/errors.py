@@ -13,6 +13,10 @@ class DeviceError(EngineError):
     """No usable adapter, or the adapter cannot hold what was asked of it."""
 
 
+class DeviceLostError(DeviceError):
+    """The adapter is gone, or its driver has given up; the model may be opened again."""
+
+
 class OutOfMemoryError(DeviceError):
     """An allocation that the adapter refused."""
 

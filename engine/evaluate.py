@@ -12,8 +12,8 @@ KL(reference || model), in nats; its standard error takes neighbouring tokens fo
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,23 +28,23 @@ from engine.report import Row, as_json, as_markdown
 from engine.tokenizer import Tokenizer
 from model.reference import Reference
 from weights.bits import Bits, parse_bits
-from weights.cache import DEFAULT_MODEL, is_weights_file, resolve, resolve_each
+from weights.cache import is_weights_file, resolve, resolve_each
 from weights.sources import open_source
-
-_PLOT_SUFFIXES = (".png", ".svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     a = _parse(arguments)
     try:
         if a.plot is not None:
-            _check_plot(a.plot)
+            from engine.plot import check_picture, draw_evaluation  # matplotlib is optional
+
+            check_picture(a.plot)
         text = _read_text(a.text)
         _check_models(a.models, a.bits)
         rows = _evaluate(a, text)
         print("\n".join(map(as_json, rows)) if a.json else as_markdown(rows))
         if a.plot is not None:
-            _plot(a.plot, rows)
+            draw_evaluation(a.plot, [json.loads(as_json(row)) for row in rows])
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -90,25 +90,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _rates(text: str) -> list[Bits]:
     """`2,2.5,3`"""
     return [parse_bits(rate) for rate in text.split(",")]
-
-
-def _check_plot(path: Path) -> None:
-    """Now rather than after hours of work; EngineError says why nothing could be drawn."""
-    try:
-        import engine.plot  # noqa: F401
-    except ImportError as error:
-        raise EngineError(
-            f"--plot needs matplotlib ({error}); install it with: pip install 'answer-llm[plot]'"
-        ) from None
-    if path.suffix not in _PLOT_SUFFIXES:
-        raise EngineError(f"{path}: expected a name that ends in {' or '.join(_PLOT_SUFFIXES)}")
-    if path.is_dir():
-        raise EngineError(f"{path}: cannot be written: it is a directory")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _read_text(path: str) -> str:
@@ -233,28 +214,6 @@ def _difference(engine: Engine, vocab_size: int, text: str, token_ids: Sequence[
     if engine.tokenizer.encode(text)[: len(token_ids)] != token_ids:
         return "cuts the text into other tokens than"
     return ""
-
-
-def _plot(path: Path, rows: Sequence[Row]) -> None:
-    from engine.plot import PUBLISHED, Point, draw  # matplotlib is optional
-
-    curves: dict[str, list[Point]] = {}
-    for row in rows:
-        result = row.against_reference
-        name = f"{row.bits:g} bit" if row.bits is not None else Path(row.model).stem
-        curves.setdefault(row.model, []).append(
-            Point(name, row.bits_per_weight_blocks, result.kl_mean, result.kl_standard_error or 0)
-        )
-    first = rows[0]
-    sources = sorted({row.source for row in rows})
-    title = (
-        f"{', '.join(sources)} on {Path(first.text).name}, "
-        f"{first.against_reference.tokens} tokens in windows of {first.window}, "
-        f"{first.activations} activations"
-    )
-    # Others measured the same model against its unquantized self.
-    comparable = sources == [first.reference] == [DEFAULT_MODEL]
-    draw(path, title, list(curves.values()), PUBLISHED if comparable else ())
 
 
 if __name__ == "__main__":

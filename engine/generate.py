@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from engine.device import Device, Readback
 from engine.errors import EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
 from engine.kernel import Dispatch
-from engine.memory import Memory, check_room, no_room
+from engine.memory import Memory, check_room, no_room, planned
 from engine.plan import Plan, encode, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
@@ -45,6 +45,7 @@ class Engine:
         context: int | None = None,
         cache_positions: int | None = None,
         draft: WeightsFile | None = None,
+        announce: Callable[[Engine, Memory], None] | None = None,
     ) -> None:
         self.weights = weights
         self.config = weights.config
@@ -65,7 +66,13 @@ class Engine:
             )
         if draft is not None:
             self._check_draft(draft)
+            draft_context = min(self.context, draft.config.max_seq_len)
         check_room(weights, device, self.context, exact, positions)
+        if announce is not None:
+            plan = planned(weights, device, self.context, exact, positions)
+            if draft is not None:
+                plan += planned(draft, device, draft_context, exact)
+            announce(self, plan)
         before = device.allocated_bytes
         try:
             self._model = Llama(
@@ -104,8 +111,7 @@ class Engine:
         self._draft: Engine | None = None
         self._draft_chance = Chance(1.2)
         if draft is not None:
-            room = min(self.context, draft.config.max_seq_len)
-            self._draft = Engine(draft, device, exact=exact, context=room)
+            self._draft = Engine(draft, device, exact=exact, context=draft_context)
 
     @classmethod
     def open(
@@ -118,18 +124,22 @@ class Engine:
         adapter: str | None = None,
         bits: Bits | None = None,
         draft: str | Path | None = None,
+        announce: Callable[[Engine, Memory], None] | None = None,
     ) -> Self:
         """`model`: a weights file, or a source that is converted to `bits` on first use.
 
         `exact` computes with f32-like activations instead of int8 ones. `context` is the number of
         positions to make room for, `cache_positions` that for all sequences of a batch together, if
         it is to be more; `adapter` picks one by number or part of its name. `draft` is a smaller
-        model with the same tokenizer, whose guesses may make this one faster.
+        model with the same tokenizer, whose guesses may make this one faster. `announce` is told
+        about what the model will take once that is known to fit, before any of it is taken.
         """
         weights = WeightsFile.open(resolve(model, bits))
         drafts = None if draft is None else WeightsFile.open(resolve(draft))
         options: dict[str, Any] = dict(context=context, cache_positions=cache_positions)
-        return cls(weights, Device.open(adapter), exact=exact, draft=drafts, **options)
+        device = Device.open(adapter)
+        with device.errors():
+            return cls(weights, device, exact=exact, draft=drafts, announce=announce, **options)
 
     def memory(self) -> Memory:
         """Of the model and of the one that drafts for it."""
@@ -172,7 +182,8 @@ class Engine:
         pos = 0
         while pos < len(token_ids):
             chunk = token_ids[pos : pos + self._model.pass_tokens(len(token_ids) - pos)]
-            rows.append(self._model.read_logits(pos, chunk))
+            with self.device.errors():
+                rows.append(self._model.read_logits(pos, chunk))
             pos += len(chunk)
         self._cached = list(token_ids)
         return np.concatenate(rows)
@@ -235,7 +246,8 @@ class Engine:
         The file appears whole or not at all. `note` comes back from `load_session`.
         """
         self._stop_active()
-        return save_session(self, Path(path), note)
+        with self.device.errors():
+            return save_session(self, Path(path), note)
 
     def load_session(self, path: str | Path) -> str:
         """Go on from where `save_session` was called, also with another context or adapter.
@@ -246,7 +258,8 @@ class Engine:
         tokens, tensors, note = load_session(self, Path(path))
         self._stop_active()
         self._cached = []
-        self.cache.write(self.device, tensors)
+        with self.device.errors():
+            self.cache.write(self.device, tensors)
         self._cached = tokens
         return note
 

@@ -79,7 +79,8 @@ class Generation:
         return self
 
     def __next__(self) -> int:
-        return next(self._tokens)
+        with self._engine.device.errors():
+            return next(self._tokens)
 
     def close(self) -> None:
         self._tokens.close()

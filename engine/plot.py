@@ -1,18 +1,32 @@
-"""A picture of models on one text: divergence against stored bits. Needs matplotlib, which the rest
-of the engine does without.
+"""Pictures: how all of them look, and divergence against stored bits of models on one text.
+
+Needs matplotlib, which the rest of the engine does without; to import this raises an EngineError
+where it is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
-
+from engine.errors import EngineError
+from weights.cache import DEFAULT_MODEL
 from weights.container import replacing
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
+except ImportError as error:
+    raise EngineError(
+        f"pictures need matplotlib ({error}); install it with: pip install 'answer-llm[plot]'"
+    ) from None
+
+_SUFFIXES = (".png", ".svg")
+OURS, OTHERS, GRID = "#c2410c", "#475569", "#cbd5e1"
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,66 @@ PUBLISHED = (
     Point("Q8_0", 8.50, 0.0041),
 )
 
-_OURS, _OTHERS = "#c2410c", "#475569"
+
+def check_picture(path: Path) -> None:
+    """Now rather than after hours of work; EngineError says why nothing could be drawn there."""
+    if path.suffix not in _SUFFIXES:
+        raise EngineError(f"{path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
+    if path.is_dir():
+        raise EngineError(f"{path}: cannot be written: it is a directory")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def figure_of(n_panels: int) -> tuple[Figure, list[Axes]]:
+    """Panels beside each other."""
+    figure = Figure(figsize=(8 if n_panels == 1 else 6.5 * n_panels, 5), dpi=150)
+    figure.set_layout_engine("constrained")
+    return figure, list(figure.subplots(1, n_panels, squeeze=False)[0])
+
+
+def finish(axes: Axes, title: str, x: str, y: str) -> None:
+    """A panel's words and grid; x and y say what is on the axes, in which unit."""
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(which="major", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(edgecolor="none", framealpha=0.9)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG or SVG, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
+
+
+def draw_evaluation(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Models judged in one run, of which `lines` are the lines of JSON: KL against bits."""
+    curves: dict[str, list[Point]] = {}
+    for line in lines:
+        bits = line["bits"]
+        name = Path(line["model"]).stem if bits is None else str(bits)
+        if isinstance(bits, float):
+            name = f"{bits:g} bit"
+        error = line["kl_standard_error"] or 0
+        point = Point(name, line["bits_per_weight_blocks"], line["kl_mean"], error)
+        curves.setdefault(line["model"], []).append(point)
+    first = lines[0]
+    sources = sorted({line["source"] for line in lines})
+    title = (
+        f"{', '.join(sources)} on {Path(first['text']).name}, "
+        f"{first['tokens']} tokens in windows of {first['window']}, "
+        f"{first['activations']} activations"
+    )
+    # Others measured the same model against its unquantized self.
+    comparable = sources == [first["reference"]] == [DEFAULT_MODEL]
+    draw(path, title, list(curves.values()), PUBLISHED if comparable else ())
 
 
 def draw(
@@ -44,38 +117,31 @@ def draw(
     curves: Sequence[Sequence[Point]],
     published: Sequence[Point] = (),
 ) -> None:
-    """Write a PNG or SVG, whole or not at all; the points of each curve are joined.
+    """KL against bits; the points of each curve are joined.
 
     Points without a divergence have no place on a logarithmic axis and are left out.
     """
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = figure_of(1)
     for i, curve in enumerate(curves):
         points = sorted((point for point in curve if point.kl > 0), key=lambda point: point.bits)
         bits, kl, errors = [[getattr(p, k) for p in points] for k in ("bits", "kl", "error")]
         name = "answer, this run, with standard errors" if i == 0 else None
-        axes.errorbar(bits, kl, errors, fmt="o-", color=_OURS, label=name, capsize=3, zorder=3)
-        _label(axes, points, _OURS, (-6, -6), "right")
+        axes.errorbar(bits, kl, errors, fmt="o-", color=OURS, label=name, capsize=3, zorder=3)
+        _label(axes, points, OURS, (-6, -6), "right")
     if published:
         bits, kl = [p.bits for p in published], [p.kl for p in published]
         name = "llama.cpp, measured on another English text"
-        axes.errorbar(bits, kl, fmt="D", color=_OTHERS, markersize=5, label=name)
-        _label(axes, published, _OTHERS, (6, 4), "left")
+        axes.errorbar(bits, kl, fmt="D", color=OTHERS, markersize=5, label=name)
+        _label(axes, published, OTHERS, (6, 4), "left")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MultipleLocator(0.5))
     axes.margins(x=0.08, y=0.08)
-    axes.set_xlabel("stored bits per weight of the block matrices")
-    axes.set_ylabel("mean KL(reference || model), nats per token")
-    axes.set_title(title)
-    axes.grid(which="major", color="#cbd5e1", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    with replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:])
+    bits_label = "stored bits per weight of the block matrices"
+    finish(axes, title, bits_label, "mean KL(reference || model), nats per token")
+    save(figure, path)
 
 
 def _label(

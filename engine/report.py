@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.compare import Comparison
+from weights.bits import Bits
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Row:
     """One model of a run."""
 
     model: str  # as it was named
-    bits: float | None  # asked of its conversion; None: by default, or converted before
+    bits: Bits | None  # asked of its conversion; None: by default, or converted before
     source: str  # name of the model that was converted
     reference: str
     text: str
@@ -30,7 +31,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        return self.model if self.bits is None else f"{self.model} {self.bits:g}"
+        if self.bits is None:
+            return self.model
+        return f"{self.model} {self.bits if self.bits == 'lossless' else format(self.bits, 'g')}"
 
 
 def as_json(row: Row) -> str:

@@ -69,6 +69,7 @@ class Activations:
     digits: Any  # int8 (tokens, n_digits, 32 * n_blocks)
     scale: Any  # f32 (tokens, n_blocks, 2): scale, sum of the block
     tokens: int = 0  # that matmul reads
+    squares: Any = None  # f32 (n_blocks,), then zeros: shaders/shared/norm_factor.wgsl
 
     @classmethod
     def empty(
@@ -78,6 +79,7 @@ class Activations:
         return cls(
             device.empty(f"{label}.digits", tokens * n_digits * n_blocks * BLOCK),
             device.empty(f"{label}.scale", tokens * n_blocks * 8),
+            squares=device.empty(f"{label}.squares", n_blocks * 4),
         )
 
     @classmethod
@@ -159,17 +161,17 @@ class _Part:
 
 @dataclass(frozen=True)
 class Then:
-    """What the last workgroup of a matvec of one token does with its output: SwiGLU if it is
-    `gated`, else the residual x += y and the norm of x with `weight`.
+    """What the workgroups of a matvec of one token do with its output: SwiGLU if it is `gated`,
+    else the residual x += y and the norm of x with `weight`, whose factor is left to the matvec
+    that reads `out`.
     """
 
     gated: bool
     dim: int  # of x, or hidden_dim
-    eps: float
     x: Any  # f32 (dim,)
     weight: Any  # f32 (dim,)
     out: Activations
-    arrived: Any  # u32, 0
+    arrived: Any  # u32, 0: one for each block of 32 columns
 
 
 class GpuMatrix:
@@ -329,9 +331,19 @@ class GpuMatrix:
         return Output(self.kernels.device.empty(label, size), self.splits)
 
     def matvec(
-        self, x: Activations, y: Output, *, tokens: int, digits: int, then: Then | None = None
+        self,
+        x: Activations,
+        y: Output,
+        *,
+        tokens: int,
+        digits: int,
+        eps: float | None = None,
+        then: Then | None = None,
     ) -> Iterator[Dispatch]:
-        """y[split, t] = the split's share of W x[t]; and, after one token, what comes `then`."""
+        """y[split, t] = the split's share of W x[t]; and, for one token, what comes `then`.
+
+        `eps`: x comes from such a norm, which has left its factor to this matvec.
+        """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
         if self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
@@ -348,17 +360,22 @@ class GpuMatrix:
             params: dict[str, float] = dict(
                 rows=part.rows, y_rows=self.rows, n_blocks=self.n_blocks, n_segments=self.n_segments
             )
+            after: dict[str, Any] = {}
+            if not self.floats:
+                params |= dict(norm_dim=0 if eps is None else self.cols, norm_eps=eps or 0.0)
+                after["squares"] = x.squares or x.scale
             if not self.whole_rows:
                 params["rows_padded"] = part.rows_padded
-            kernel, after = self.kernels.get(name, **overrides), {}
-            if then and part is self.parts[-1]:  # those before it are done by then
+            kernel = self.kernels.get(name, **overrides)
+            if then:
                 kernel = self.kernels.get(
                     f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
                 )
-                n_groups = groups[0] * groups[1]
-                params |= dict(n_groups=n_groups, dim=then.dim, eps=then.eps)
-                after = dict(arrived=then.arrived, x=then.x, weight=then.weight)
+                params["dim"] = then.dim
+                after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)
                 after |= dict(x_digits=then.out.digits, x_scale=then.out.scale)
+                if eps is None:
+                    after["squares"] = then.out.squares
             yield kernel.dispatch(
                 groups,
                 params | self._params,

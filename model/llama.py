@@ -123,7 +123,8 @@ class Llama:
         self.partial = device.empty(
             "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
         )
-        self.arrived = device.empty("arrived", 4 * n * c.n_heads)
+        most = max(n * c.n_heads, -(-c.dim // 32), -(-c.hidden_dim // 32))
+        self.arrived = device.empty("arrived", 4 * most)  # counts of heads, or of blocks
         self.attn = Activations.empty(device, "attn", n, d, c.q_dim)
         self.o = first.o_proj.output("o", n)
         self.gate_up = first.gate_up_proj.output("gate_up", n)
@@ -211,13 +212,14 @@ class Llama:
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
         n: dict[str, Any] = {"tokens": tokens, "digits": self.digits}
         fused = self._fused and tokens == 1
+        eps = self.config.norm_eps if fused else None
         norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
         for i, layer in enumerate(self.blocks):
             keys, values = self.cache.keys[i], self.cache.values[i]
             if i == 0 or not fused:
                 yield self._rms_norm(self.down if i else None, norms[i], tokens)
-            yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n)
+            yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n, eps=eps if i else None)
             qkv = self.qkv
             if self.qkv_heads is not None:
                 yield self._qkv_heads(layer.qkv_added, self.qkv_heads, tokens)
@@ -231,44 +233,49 @@ class Llama:
 
             if not fused:
                 yield self._rms_norm(self.o, norm, tokens)
-            # On a GPU one workgroup would be longer about all of hidden_dim than a launch takes.
-            then = self._then_swiglu() if fused and self.device.software else None
-            yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, then=then)
-            if then is None:
+            then = self._then_swiglu() if fused else None
+            yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, eps=eps, then=then)
+            if not fused:
                 yield self._swiglu(tokens)
             then = self._then_norm(norms[i + 1]) if fused else None
             yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
-        if pass_tokens > 1 or not self._fused:
+        fused = self._fused and pass_tokens == 1
+        if not fused:
             yield self._rms_norm(self.down, self.norm, tokens, pass_tokens=pass_tokens)
-        yield from self.lm_head.matvec(self.xn, self.logits, tokens=tokens, digits=self.digits)
+        yield from self.lm_head.matvec(
+            self.xn,
+            self.logits,
+            tokens=tokens,
+            digits=self.digits,
+            eps=self.config.norm_eps if fused else None,
+        )
 
     def _then_norm(self, weight: Any) -> Then:
         c = self.config
-        return Then(False, c.dim, c.norm_eps, self.x, weight, self.xn, self.arrived)
+        return Then(False, c.dim, self.x, weight, self.xn, self.arrived)
 
     def _then_swiglu(self) -> Then:
-        return Then(
-            True, self.config.hidden_dim, 0, self.x, self.norm, self.h, self.arrived
-        )  # x and the weight have no meaning
+        # x and the weight have no meaning
+        return Then(True, self.config.hidden_dim, self.x, self.norm, self.h, self.arrived)
 
     def _rms_norm(
         self, y: Output | None, weight: Any, tokens: int, pass_tokens: int | None = None
     ) -> Dispatch:
         """x += y, xn = norm(x); for the head of one token that token is the last of the pass."""
         pass_tokens = pass_tokens or tokens
-        dim = self.config.dim
         kernel = self.kernels.get(
-            "rms_norm", lanes=self.lanes, digits=self.digits, splits=y.splits if y else 0
+            "rms_norm",
+            lanes=self.lanes,
+            digits=self.digits,
+            dim=self.config.dim,
+            splits=y.splits if y else 0,
         )
         return kernel.dispatch(
             [1, tokens],
             dict(
-                dim=dim,
-                tokens=pass_tokens,
-                last=int(tokens < pass_tokens),
-                eps=self.config.norm_eps,
+                tokens=pass_tokens, last=int(tokens < pass_tokens), eps=self.config.norm_eps
             ),
             state=self.state,
             y=y.buffer if y else self.down.buffer,

@@ -200,19 +200,18 @@ class Prompt:
         yield from m.lm_head.matvec(m.xn, m.logits, tokens=1, digits=1)
 
     def _rms_norm(self, y: Any, weight: Any, out: Activations | None = None, last: int = 0) -> Step:
-        dim, out = self.config.dim, out or self.xn
+        out = out or self.xn
         kernel = self.kernels.get(
-            "rms_norm", lanes=self._model.lanes, digits=1, splits=0 if y is None else 1
+            "rms_norm",
+            lanes=self._model.lanes,
+            digits=1,
+            dim=self.config.dim,
+            splits=0 if y is None else 1,
         )
         return Step(
             kernel.dispatch(
                 [1, 1],
-                dict(
-                    dim=dim,
-                    tokens=self.max_tokens,
-                    last=last,
-                    eps=self.config.norm_eps,
-                ),
+                dict(tokens=self.max_tokens, last=last, eps=self.config.norm_eps),
                 state=self.state,
                 y=self.down if y is None else y,
                 weight=weight,

@@ -170,10 +170,12 @@ class Rows:
     def _rms_norm(self, y: _Product | None, weight: Any, n: int) -> Dispatch:
         c, m = self.config, self._model
         splits = self._splits(y.matrix, n) if y else 0
-        kernel = self.kernels.get("rms_norm", lanes=m.lanes, digits=m.digits, splits=splits)
+        kernel = self.kernels.get(
+            "rms_norm", lanes=m.lanes, digits=m.digits, dim=c.dim, splits=splits
+        )
         return kernel.dispatch(
             [1, n],
-            dict(dim=c.dim, tokens=self._tokens(n), last=0, eps=c.norm_eps),
+            dict(tokens=self._tokens(n), last=0, eps=c.norm_eps),
             state=self.state,
             y=y.buffer if y else self.down.buffer,
             weight=weight,

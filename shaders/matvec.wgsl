@@ -11,6 +11,7 @@
 //#import sums
 //#import digits
 //#import dot
+//#import norm_factor
 //#import segments
 //#import product
 
@@ -21,6 +22,8 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,
   offset: f32,
+  norm_dim: u32,
+  norm_eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -32,6 +35,7 @@ struct Params {
 @group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
 @group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (splits, tokens, y_rows)
+@group(0) @binding(9) var<storage, read> squares: array<vec4<f32>>;
 
 fn store_y(i: u32, value: f32) { y[i] = value; }
 
@@ -40,5 +44,5 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(workgroup_id) g
   let index = group.x * 32u + local.x;
   let row = row_info[index];
   let sums = segment_product(group.x, group.y, local.xy, row);
-  write_sums(sums, row_scale(row), matrix_row(row), index, local.xy, group.y);
+  write_sums(sums, product_scale(row), matrix_row(row), index, local.xy, group.y);
 }

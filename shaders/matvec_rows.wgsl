@@ -11,6 +11,7 @@
 //#import sums
 //#import digits
 //#import dot
+//#import norm_factor
 //#import product_rows
 
 struct Params {
@@ -19,6 +20,8 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,  // 1
   offset: f32,
+  norm_dim: u32,
+  norm_eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -30,10 +33,11 @@ struct Params {
 @group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
 @group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (1, tokens, y_rows)
+@group(0) @binding(9) var<storage, read> squares: array<vec4<f32>>;
 
 fn store_y(i: u32, value: f32) { y[i] = value; }
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
-  rows_product(group.x * LANES * ROWS + lane);
+  rows_product(group.x * LANES * ROWS + lane, norm_factor(share_of_squares(0u, 1u)));
 }

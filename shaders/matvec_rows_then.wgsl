@@ -10,9 +10,8 @@
 //#import digits
 //#import dot
 //#import product_rows
-//#import last
+//#import norm_factor
 //#import quantize
-//#import norm
 //#import gated
 //#import then
 
@@ -22,9 +21,9 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,  // 1
   offset: f32,
-  n_groups: u32,    // of the dispatch
-  dim: u32,         // of x, or hidden_dim
-  eps: f32,
+  norm_dim: u32,
+  norm_eps: f32,
+  dim: u32,  // of x, or hidden_dim
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -36,14 +35,23 @@ struct Params {
 @group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
 @group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<atomic<u32>>;  // f32 (1, y_rows)
-@group(0) @binding(9) var<storage, read_write> arrived: array<atomic<u32>>;
+@group(0) @binding(9) var<storage, read_write> arrived: array<atomic<u32>>;  // one a block
 @group(0) @binding(10) var<storage, read_write> x: array<f32>;  // (dim,)
 @group(0) @binding(11) var<storage, read> weight: array<f32>;
 @group(0) @binding(12) var<storage, read_write> x_digits: array<u32>;
 @group(0) @binding(13) var<storage, read_write> x_scale: array<vec2<f32>>;
+@group(0) @binding(14) var<storage, read_write> squares: array<vec4<f32>>;  // gated: of what comes in; else of x
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
-  rows_product(group.x * LANES * ROWS + lane);
-  if (last_to_arrive(lane, 0u, params.n_groups)) { then(lane); }
+  let first = group.x * LANES * ROWS + lane;
+  none_ready(lane);
+  rows_product(first, norm_factor(share_of_squares(0u, 1u)));
+  storageBarrier();
+  workgroupBarrier();
+  for (var r = 0u; r < ROWS; r++) {
+    let index = first + r * LANES;
+    if (index < params.rows) { arrive(matrix_row(row_info[index])); }
+  }
+  then(lane);
 }

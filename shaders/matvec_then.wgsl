@@ -1,5 +1,5 @@
-// matvec for one token, after which its last workgroup does what comes next: with `gated` SwiGLU, else the residual and the
-// next norm. One launch instead of two. Lanes, segments, splits and dispatch as in matvec.
+// matvec for one token, and what comes next as its rows are there: with `gated` SwiGLU, else the residual and the next norm.
+// One launch instead of two. Lanes, segments, splits and dispatch as in matvec.
 
 //#import state
 //#import funnel
@@ -12,9 +12,8 @@
 //#import dot
 //#import segments
 //#import product
-//#import last
+//#import norm_factor
 //#import quantize
-//#import norm
 //#import gated
 //#import then
 
@@ -25,9 +24,9 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,
   offset: f32,
-  n_groups: u32,  // of the dispatch
-  dim: u32,       // of x, or hidden_dim
-  eps: f32,
+  norm_dim: u32,
+  norm_eps: f32,
+  dim: u32,  // of x, or hidden_dim
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -39,18 +38,22 @@ struct Params {
 @group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
 @group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<atomic<u32>>;  // f32 (splits, y_rows)
-@group(0) @binding(9) var<storage, read_write> arrived: array<atomic<u32>>;
+@group(0) @binding(9) var<storage, read_write> arrived: array<atomic<u32>>;  // one a block
 @group(0) @binding(10) var<storage, read_write> x: array<f32>;  // (dim,)
 @group(0) @binding(11) var<storage, read> weight: array<f32>;
 @group(0) @binding(12) var<storage, read_write> x_digits: array<u32>;
 @group(0) @binding(13) var<storage, read_write> x_scale: array<vec2<f32>>;
+@group(0) @binding(14) var<storage, read_write> squares: array<vec4<f32>>;  // gated: of what comes in; else of x
 
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
         @builtin(workgroup_id) group: vec3<u32>) {
   let index = group.x * 32u + local.x;
   let row = row_info[index];
+  none_ready(lane);
   let sums = segment_product(group.x, group.y, local.xy, row);
-  write_sums(sums, row_scale(row), matrix_row(row), index, local.xy, group.y);
-  if (last_to_arrive(lane, 0u, params.n_groups)) { then(lane); }
+  write_sums(sums, product_scale(row), matrix_row(row), index, local.xy, group.y);
+  storageBarrier();
+  if (local.y == 0u && index < params.rows) { arrive(matrix_row(row)); }
+  then(lane);
 }

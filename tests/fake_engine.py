@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import chat
 import engine
+from engine.chat.commands import loop
+from engine.chat.talk import Chat
 from engine.errors import EngineError
 
 IM_START, IM_END, HE = 256, 257, 258  # ids above the bytes
@@ -143,14 +145,51 @@ class FakeSampling:
         return tuple(self) == other
 
 
+def lines(*items):
+    """A reader of the given lines, then end of file; exceptions among them are raised."""
+    rest = iter(items)
+
+    def read():
+        item = next(rest, EOFError())
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    return read
+
+
+def start(engine, sampling=None, show_stats=False, **options):
+    """A chat with the given engines, one after another if there are several."""
+    engines = iter(engine if isinstance(engine, list) else [engine])
+    sampling = sampling or FakeSampling(0.0, 0, 1.0, 0.0, 0)
+    return Chat(lambda name: next(engines), "fake", sampling, show_stats=show_stats, **options)
+
+
+def talk(engine, *items, **options):
+    """A whole interactive chat; returns its exit code."""
+    chat = start(engine, **options)
+    chat.greet()
+    return loop(chat, lines(*items))
+
+
+def chatml(*contents, system=None):
+    """The prompt text of alternating messages and answers, ending with a message."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+    head = [{"role": "system", "content": system}] if system else []
+    return FakeTokenizer().chat_prompt(head + messages)
+
+
 def install(fake, setitem=dict.__setitem__):
     """Puts `fake` where chat.main looks for the engine. Returns what it is opened with, later."""
     opened = []
 
-    def open_engine(model, **options):
+    def open_engine(model, announce, **options):
         opened.append((model, options))
         if isinstance(fake, BaseException):
             raise fake
+        if announce:
+            announce(fake, fake.memory())
         return fake
 
     # Through the dictionary: to look them up first would load the GPU library.

@@ -1,13 +1,14 @@
-"""chat.py against a fake engine: flags, streams, the conversation, the context, the commands."""
+"""chat.py against a fake engine: flags, streams, errors, text on its way to the terminal."""
 
 import io
 import os
 import sys
 
 import pytest
-from fake_engine import HE, FakeEngine, FakeSampling, FakeTokenizer, install
+from fake_engine import FakeEngine, chatml, install, talk
 
 import chat
+from engine.chat.terminal import say
 from engine.errors import EngineError, WeightsError
 
 STATS = ("prompt ", "answer ", "context ")  # the parts of a statistics line
@@ -16,36 +17,6 @@ STATS = ("prompt ", "answer ", "context ")  # the parts of a statistics line
 @pytest.fixture
 def use(monkeypatch):
     return lambda fake: install(fake, monkeypatch.setitem)
-
-
-def lines(*items):
-    """A reader of the given lines, then end of file; exceptions among them are raised."""
-    rest = iter(items)
-
-    def read():
-        item = next(rest, EOFError())
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    return read
-
-
-def talk(engine, *items, system=None, max_tokens=1024, show_stats=False, sampling=None):
-    """A whole interactive chat; returns its exit code."""
-    conversation = chat.Conversation(engine.tokenizer, engine.context, max_tokens, system)
-    sampling = sampling or FakeSampling(0.0, 0, 1.0, 0.0, 0)
-    session = chat.Chat(engine, "fake", sampling, conversation, show_stats)
-    session.greet()
-    return session.loop(lines(*items))
-
-
-def chatml(*contents, system=None):
-    """The prompt text of alternating messages and answers, ending with a message."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
-    head = [{"role": "system", "content": system}] if system else []
-    return FakeTokenizer().chat_prompt(head + messages)
 
 
 # One-shot
@@ -201,6 +172,13 @@ def test_ctrl_c_in_a_one_shot_answer_is_exit_code_130(use, capsys):
     assert capsys.readouterr().out == "half\n"
 
 
+def test_a_one_shot_prompt_too_long_is_exit_code_1(use, capsys):
+    use(FakeEngine(context=200))
+    assert chat.main(["-p", "x" * 200, "--no-stats"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
 # Text on its way to the terminal
 
 
@@ -253,328 +231,5 @@ def test_notes_are_dim_on_a_colour_terminal_only(monkeypatch, capsys, tty, no_co
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
-    chat.say("no\x1b[1m")
+    say("no\x1b[1m")
     assert capsys.readouterr() == ("", want)
-
-
-# The conversation
-
-
-def test_conversation_grows_turn_by_turn(capsys):
-    engine = FakeEngine("one", "two", "three")
-    assert talk(engine, "a", "", "  ", "b", "c", system="S") == 0
-    assert engine.prompt_text() == chatml("a", "one", "b", "two", "c", system="S")
-    assert capsys.readouterr().out == "one\ntwo\nthree\n"
-
-
-def test_next_prompt_starts_with_the_very_tokens_of_the_last_turn():
-    answer = [ord("t"), ord("h"), ord("e")]  # tokenized again this is t, he
-    engine = FakeEngine(answer, answer, "end")
-    talk(engine, "hey", "she", "go")
-    assert engine.tokenizer.encode("the") != answer
-    first, second, third = engine.prompts
-    assert second[: len(first) + 3] == first + answer
-    assert third[: len(second) + 3] == second + answer
-    assert engine.prompt_text() == chatml("hey", "the", "she", "the", "go")
-
-
-def test_text_is_tokenized_afresh_where_a_token_spans_the_joint():
-    engine = FakeEngine("oh", "end")
-    engine.tokenizer.chat_prompt = lambda messages: "".join(m["content"] for m in messages)
-    talk(engine, "ah", "e!")
-    assert engine.prompts[1] == [*b"aho", HE, ord("!")]
-
-
-def test_text_is_tokenized_afresh_where_the_template_rewrites_the_answer():
-    engine = FakeEngine("the ", "end")
-    plain = engine.tokenizer.chat_prompt
-    engine.tokenizer.chat_prompt = lambda messages: plain(
-        [{**m, "content": m["content"].strip()} for m in messages]
-    )
-    talk(engine, "a", "b")
-    assert engine.prompts[1] == engine.tokenizer.encode(chatml("a", "the", "b"))
-
-
-def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(capsys):
-    engine = FakeEngine("one", [*b"two", KeyboardInterrupt()], "three")
-    assert talk(engine, "a", "b", "c") == 0
-    assert engine.prompt_text() == chatml("a", "one", "b", "two", "c")
-    out, err = capsys.readouterr()
-    assert out == "one\ntwo\nthree\n"
-    assert "stopped" in err
-
-
-def test_ctrl_c_closes_the_generation():
-    engine = FakeEngine([*b"two", KeyboardInterrupt()])
-    made = []
-    generate = engine.generate
-    engine.generate = lambda *args, **options: made.append(generate(*args, **options)) or made[-1]
-    talk(engine, "a")
-    assert [generation.closed for generation in made] == [True]
-
-
-def test_ctrl_c_before_the_first_word_forgets_the_message(capsys):
-    engine = FakeEngine("one", [KeyboardInterrupt()], "three")
-    talk(engine, "a", "b", "c")
-    assert engine.prompt_text() == chatml("a", "one", "c")
-    out, err = capsys.readouterr()
-    assert out == "one\nthree\n"
-    assert "forgotten" in err
-
-
-def test_ctrl_c_at_the_prompt_hints_and_the_second_leaves(capsys):
-    engine = FakeEngine("one")
-    ctrl_c = KeyboardInterrupt()
-    assert talk(engine, ctrl_c, "a", ctrl_c, ctrl_c, "b") == 0
-    assert len(engine.prompts) == 1  # the line between takes the hint back; "b" is never read
-    assert capsys.readouterr().err.count("Ctrl-C once more leaves") == 2
-
-
-def test_length_limit_is_said(capsys):
-    talk(FakeEngine("abcdef"), "a", max_tokens=4)
-    out, err = capsys.readouterr()
-    assert out == "abcd\n"
-    assert "stopped after 4 tokens (-n)" in err
-
-
-def test_model_without_template_continues_each_message_on_its_own(capsys):
-    engine = FakeEngine(" a time", " end")
-    engine.tokenizer.chat_template = None
-    talk(engine, "Once upon", "The", system="S")
-    assert [engine.prompt_text(i) for i in range(2)] == ["Once upon", "The"]
-    err = capsys.readouterr().err
-    assert "no chat template" in err and "system prompt is not used" in err
-
-
-# The context
-
-N_FRAME = len(FakeTokenizer().encode(chatml("")))  # tokens of a prompt around an empty message
-SMALL = 200
-
-
-def test_a_full_context_leaves_out_the_oldest_turns_and_goes_on(capsys):
-    engine = FakeEngine("1" * 30, "2" * 30, "3" * 30, "4" * 30, context=SMALL)
-    talk(engine, "a", "b", "c", "d", system="S", max_tokens=40)
-    # A turn takes 30 + 1 + about 24 tokens of frame: four of them do not fit, nor do three.
-    kept = engine.prompt_text()
-    assert kept == chatml("c", "3" * 30, "d", system="S")
-    assert len(engine.prompts[-1]) <= SMALL - 40
-    assert "context is full" in capsys.readouterr().err
-
-
-def test_leaving_out_takes_no_more_than_half_the_turns_at_once():
-    conversation = chat.Conversation(FakeTokenizer(), 400, 10)
-    conversation.turns = [(f"q{i}", "-" * 50) for i in range(5)]
-    n_full = len(FakeTokenizer().encode(conversation._encode(conversation.turns, "new")[0]))
-    conversation.context = n_full + 10 - 1  # short of one token
-    ids, n_left_out = conversation.prompt("new")
-    assert n_left_out == 3
-    assert [question for question, _ in conversation.turns] == ["q3", "q4"]
-    assert len(ids) <= conversation.context - 10
-
-
-def test_a_prompt_that_just_fits_leaves_nothing_out():
-    conversation = chat.Conversation(FakeTokenizer(), 0, 10)
-    conversation.turns = [("q", "a"), ("q", "a")]
-    n_full = len(conversation._encode(conversation.turns, "new")[1])
-    conversation.context = n_full + 10
-    assert conversation.prompt("new") == (conversation._encode(conversation.turns, "new")[1], 0)
-
-
-def test_a_message_too_long_is_refused_with_both_lengths_and_the_chat_goes_on(capsys):
-    engine = FakeEngine("one", "two", context=SMALL)
-    talk(engine, "a", "x" * (SMALL - N_FRAME), "b")
-    err = capsys.readouterr().err
-    assert f"not sent: the message makes {SMALL} tokens, the context holds {SMALL}" in err
-    assert engine.prompt_text() == chatml("a", "one", "b")
-
-
-def test_a_message_that_leaves_room_for_one_token_is_sent(capsys):
-    engine = FakeEngine("yes", context=SMALL)
-    talk(engine, "x" * (SMALL - N_FRAME - 1), show_stats=True)
-    out, err = capsys.readouterr()
-    assert out == "ye\n"  # the second one needs no place in the context
-    assert f"context {SMALL} of {SMALL}" in err
-    assert f"the context of {SMALL} tokens is full: the answer ends here" in err
-
-
-def test_a_context_that_slid_is_said(capsys):
-    engine = FakeEngine("one")
-    made = engine.generate
-
-    def generate(*args, **options):
-        generation = made(*args, **options)
-        generation.stats.slides = 2
-        return generation
-
-    engine.generate = generate
-    talk(engine, "a")
-    assert "the context was full 2 times: its beginning and latest half" in capsys.readouterr().err
-
-
-def test_a_chat_goes_on_after_an_answer_that_filled_the_context(capsys):
-    engine = FakeEngine("y" * SMALL, "two", context=SMALL)
-    talk(engine, "a", "b")
-    assert engine.prompt_text() == chatml("b")
-    assert "the oldest 1 turn left out" in capsys.readouterr().err
-
-
-def test_a_one_shot_prompt_too_long_is_exit_code_1(use, capsys):
-    use(FakeEngine(context=SMALL))
-    assert chat.main(["-p", "x" * SMALL, "--no-stats"]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-
-
-# Commands
-
-
-def test_reset_forgets_the_turns_and_keeps_the_system_prompt():
-    engine = FakeEngine("one", "two")
-    talk(engine, "a", "/reset", "b", system="S")
-    assert engine.prompt_text() == chatml("b", system="S")
-
-
-def test_system_sets_and_takes_away_the_system_prompt():
-    engine = FakeEngine("one", "two", "three")
-    talk(engine, "a", "/system  Be brief. ", "b", "/system", "c")
-    assert engine.prompt_text(1) == chatml("a", "one", "b", system="Be brief.")
-    assert engine.prompt_text(2) == chatml("a", "one", "b", "two", "c")
-
-
-def test_stats_tells_model_answer_and_conversation(capsys):
-    talk(FakeEngine("one"), "/stats", "a", "/stats")
-    err = capsys.readouterr().err
-    assert "no answer yet\nconversation of 0 turns\n" in err
-    assert err.count("134.5 M parameters") == 2
-    assert err.endswith("of 4096\nconversation of 1 turn\n")
-
-
-def test_help_lists_every_command(capsys):
-    talk(FakeEngine(), "/help")
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert all(name in err for name in ("/help", "/reset", "/system", "/stats", "/exit"))
-
-
-def test_exit_leaves_at_once():
-    engine = FakeEngine("one")
-    assert talk(engine, "/exit", "a") == 0
-    assert engine.prompts == []
-
-
-def test_a_template_that_refuses_the_messages_does_not_end_the_chat(capsys):
-    engine = FakeEngine("one")
-    render = engine.tokenizer.chat_prompt
-
-    def refuse_system(messages):
-        if messages[0]["role"] == "system":
-            raise EngineError("no system role here")
-        return render(messages)
-
-    engine.tokenizer.chat_prompt = refuse_system
-    talk(engine, "/system S", "a", "/system", "b")
-    assert engine.prompt_text() == chatml("b")
-    assert "error: no system role here" in capsys.readouterr().err
-
-
-def test_unknown_command_is_one_line_and_not_sent(capsys):
-    engine = FakeEngine("one")
-    talk(engine, "/frobnicate now", " /etc/hosts is what?")
-    assert engine.prompt_text() == chatml(" /etc/hosts is what?")
-    notes = capsys.readouterr().err.splitlines()
-    assert notes[1:] == ["unknown command /frobnicate; /help lists them"]
-
-
-# Taking back, and settings
-
-
-def test_retry_draws_another_answer_to_the_same_message():
-    engine = FakeEngine("One.", "Two.", "Three.")
-    seeds, generate = [], engine.generate
-
-    def noted(ids, max_tokens, sampling, **options):
-        seeds.append(sampling.seed)
-        return generate(ids, max_tokens, sampling, **options)
-
-    engine.generate = noted
-    sampling = FakeSampling(0.5, 0, 1.0, 0.1, 2**32 - 1)
-    assert talk(engine, "a", "b", "/retry", sampling=sampling) == 0
-    assert engine.prompt_text(2) == engine.prompt_text(1) == chatml("a", "One.", "b")
-    assert seeds == [2**32 - 1, 2**32 - 1, 0]
-
-
-def test_undo_and_edit_take_back_the_last_message(capsys):
-    engine = FakeEngine("One.", "Two.", "Three.", "Four.")
-    assert talk(engine, "a", "b", "/undo", "c", "/edit d", "/undo", "/undo", "/undo") == 0
-    assert engine.prompt_text(2) == chatml("a", "One.", "c")
-    assert engine.prompt_text(3) == chatml("a", "One.", "d")
-    err = capsys.readouterr().err
-    assert "forgotten: b\n1 turn left" in err and "forgotten: a\n0 turns left" in err
-    assert "there is no message to take back" in err
-
-
-def test_after_undo_the_cache_is_of_use_still():
-    # "he" was said as two tokens: read again it would be one, and the rest another prompt.
-    engine = FakeEngine("One.", "Two.", "Three.")
-    talk(engine, "a", "b", "/retry")
-    assert engine.prompts[2] == engine.prompts[1]
-
-
-def test_set_changes_how_tokens_are_drawn(capsys):
-    engine = FakeEngine("One.")
-    lines_ = ("/set temperature=0.9", "/set top-k = 40", "/set max_tokens=7", "/set", "a")
-    talk(engine, *lines_, sampling=FakeSampling(0.5, 0, 1.0, 0.1, 3))
-    assert engine.sampling == (0.9, 40, 1.0, 0.1, 3) and engine.max_tokens == 7
-    said = "temperature=0.9  top_k=40  top_p=1.0  min_p=0.1  seed=3  max_tokens=7"
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("/set warmth=1", "warmth: cannot be set; temperature, top_k,"),
-        ("/set temperature=warm", "temperature: expected a number, found 'warm'"),
-        ("/set top_k=1.5", "top_k: expected a whole number, found '1.5'"),
-        ("/set temperature", "expected a number, found ''"),
-        ("/set temperature=-1", "temperature is below 0"),
-        ("/set max_tokens=0", "max_tokens is 0, expected at least 1"),
-        ("/edit", "/edit TEXT says TEXT"),
-        ("/retry", "there is no message to take back"),
-    ],
-)
-def test_commands_say_what_is_wrong_with_them(line, said, capsys):
-    engine = FakeEngine("One.")
-    talk(engine, line, "a", sampling=FakeSampling(0.5, 0, 1.0, 0.1, 3))
-    assert said in capsys.readouterr().err
-    assert engine.sampling == (0.5, 0, 1.0, 0.1, 3) and engine.max_tokens == 1024
-
-
-def test_quotes_hold_a_message_of_several_lines(capsys):
-    engine = FakeEngine("One.", "Two.", "Three.")
-    quoted = (
-        ('"""', "/help", "", "two", '"""'),
-        (
-            '"""a',
-            'b"""  ',
-        ),
-        ('"""alone"""',),
-    )
-    assert talk(engine, *quoted[0], "/reset", *quoted[1], "/reset", *quoted[2]) == 0
-    texts = [engine.prompt_text(i) for i in range(3)]
-    assert texts == [chatml("/help\n\ntwo"), chatml("a\nb"), chatml("alone")]
-    assert talk(engine, '"""a', KeyboardInterrupt(), '"""b') == 0  # dropped, then the file ends
-    assert len(engine.prompts) == 3
-    assert "dropped" in capsys.readouterr().err
-
-
-def test_counter_counts_what_was_said_and_what_is_typed():
-    engine = FakeEngine("One.")
-    conversation = chat.Conversation(engine.tokenizer, engine.context, 10)
-    session = chat.Chat(engine, "fake", None, conversation, False)
-    assert session.count("abc") == "3 of 4096 tokens"
-    session.answer("a")
-    n = len(engine.prompts[0]) + len("One.")
-    assert session.count("abc") == f"{n + 3} of 4096 tokens"
-    session.command("/undo")
-    assert session.count("") == "0 of 4096 tokens"

@@ -27,7 +27,7 @@ def test_help_needs_no_engine():
         "import sys, chat\n"
         "try: chat.main(['--help'])\n"
         "except SystemExit as leave: assert leave.code == 0\n"
-        "heavy = {'engine.generate', 'wgpu', 'numpy', 'tokenizers', 'jinja2', 'prompt_toolkit'}\n"
+        "heavy = {'engine.generate', 'wgpu', 'rich', 'numpy', 'tokenizers', 'prompt_toolkit'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -35,6 +35,8 @@ def test_prediction_is_what_the_encoder_needs(sigma, kind, log2_states):
     m = encode_matrix(q, np.zeros(60, np.int16), log2_states)
     assert (m.group, m.raw_bits, m.min_symbol, m.n_symbols) == code[:4]
     assert m.payload_bits + 32 * m.outliers.size == pytest.approx(code.bits, rel=0.002)
+    # Those out of range are counted; rare groups are expected: five standard deviations.
+    assert abs(m.outliers.size - code.outliers) < 5 * np.sqrt(code.outliers + 1)
 
 
 SPARSE = {

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
-from engine import bench, evaluate
+from engine import bench, draw, evaluate
 from engine.compare import Comparison
 from engine.errors import EngineError
 from engine.generate import Engine
-from engine.report import Row
 from weights import cache
 from weights.convert import CalibrationText, convert
 from weights.sources import open_source
@@ -115,9 +114,14 @@ def test_bench_uses_the_context_to_its_last_position(untied: str) -> None:
 
 
 @pytest.mark.gpu
-def test_bench_prints_markdown_and_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_markdown_and_json_and_draws(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--pp", "5", "--tg", "4", "--depth", "0", "6", "--repeats", "2", "--exact"]
-    assert bench.main([model, *flags]) == 0
+    assert bench.main([model, *flags, "--plot", str(tmp_path / "depth.svg")]) == 0
+    drawn = (tmp_path / "depth.svg").read_text("utf-8")
+    assert "<!-- tokens in the context before -->" in drawn
+    assert "<!-- tokens of the prompt -->" not in drawn  # there is one only
     about, _, head, rule, *rows, blank, last = capsys.readouterr().out.splitlines()
     assert about.startswith("model, 0.0 M parameters, ") and "exact activations" in about
     assert blank == ""
@@ -350,11 +354,9 @@ def test_evaluate_draws(
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".svg", ".txt"]
 
     # A run on the default model: beside it what others made of it.
-    comparison = Comparison(**{name: rows[0][name] for name in rows[0].keys() & FIGURES})
-    facts = {**rows[0], "source": "smollm2", "reference": "smollm2"}
-    facts = {name: facts[name] for name in facts.keys() - FIGURES}
-    row = Row(**facts, against_reference=comparison, int8_against_exact=None)
-    evaluate._plot(tmp_path / "both.svg", [row])
+    line = json.dumps({**rows[0], "source": "smollm2", "reference": "smollm2"})
+    (tmp_path / "run.txt").write_text(f"as it was printed\n{line}\n")
+    assert draw.main([str(tmp_path / "run.txt"), "--out", str(tmp_path / "both.svg")]) == 0
     both = (tmp_path / "both.svg").read_text("utf-8")
     for words in ("Q4_0", "Q8_0", "llama.cpp, measured on another English text"):
         assert f"<!-- {words} -->" in both

@@ -7,6 +7,7 @@ F32 is half an ulp of float32 relative to the value; an n-term sum in any order 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -443,11 +444,10 @@ def test_a_matvec_does_what_comes_then(
     then = Then(
         gated,
         dim,
-        eps,
         x,
         device.upload("weight", weight.astype(np.float32)),
         Activations.empty(device, "out", 1, digits, dim),
-        device.empty("arrived", 4),
+        device.empty("arrived", 4 * -(-dim // 32)),
     )
     plan = Plan(gpu.matvec(a, y, tokens=1, digits=digits, then=then))
     for times in (1, 2):
@@ -467,10 +467,37 @@ def test_a_matvec_does_what_comes_then(
             assert_close(
                 device.read(x, np.float32, (1, dim)), sums, 4 * F32 * np.abs(sums) + 4 * rounding
             )
+            squares = device.read(then.out.squares, np.float32, (-(-dim // 32),))
+            factor = 1 / np.sqrt(squares.sum(dtype=np.float64) / dim + eps)
+            got = {key: factor * value for key, value in got.items()}
             want = reference.rms_norm(sums, weight.astype(np.float32).astype(np.float64), eps)
             error = (dim / 2 + 16) * F32 * np.abs(want)
             error += 8 * (rounding + F32 * np.abs(x0)) / np.sqrt((sums**2).mean())
         check_quantized(assert_close, got, want, digits, error)
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+def test_a_matvec_multiplies_by_a_norms_factor(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    whole_rows: bool,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    device, eps = kernels.device, 0.3
+    m = coded(rng, 70, 4900, 2.5, 11)  # more blocks than lanes look for squares
+    gpu = GpuMatrix(kernels, "w", m)
+    a, _ = digit_activations(rng, device, 1, 1, m.cols)
+    squares = rng.uniform(0, 40, -(-m.cols // 32)).astype(np.float32)
+    a = dataclasses.replace(a, squares=device.upload("squares", squares))
+    y, plain = gpu.output("y", 1), gpu.output("plain", 1)
+    run(device, Plan([*gpu.matvec(a, y, tokens=1, digits=1, eps=eps)]))
+    run(device, Plan([*gpu.matvec(a, plain, tokens=1, digits=1)]))
+    want = device.read(plain.buffer, np.float32, (y.splits, m.rows)).astype(np.float64)
+    want *= 1 / np.sqrt(squares.sum(dtype=np.float64) / m.cols + eps)
+    got = device.read(y.buffer, np.float32, (y.splits, m.rows))
+    assert_close(got, want, (squares.size / 2 + 8) * F32 * np.abs(want))
 
 
 @pytest.mark.parametrize("digits", [1, 3])
@@ -489,9 +516,9 @@ def test_rms_norm(
     y = rng.normal(size=(max(1, splits), tokens, dim)).astype(np.float32)
     weight = rng.normal(1, 0.3, dim).astype(np.float32)
     x, out = device.upload("x", x0), Activations.empty(device, "xn", tokens, digits, dim)
-    dispatch = kernels.get("rms_norm", lanes=64, digits=digits, splits=splits).dispatch(
+    dispatch = kernels.get("rms_norm", lanes=64, digits=digits, dim=dim, splits=splits).dispatch(
         [1, tokens],
-        dict(dim=dim, tokens=tokens, last=0, eps=eps),
+        dict(tokens=tokens, last=0, eps=eps),
         state=device.empty("state", 48),
         y=device.upload("y", y),
         weight=device.upload("weight", weight),
@@ -525,9 +552,9 @@ def test_rms_norm_of_the_last_token_goes_to_row_0(
 
     def norm(n_tokens: int, last: int) -> np.ndarray:
         out = Activations.empty(device, "xn", tokens, 1, dim)
-        dispatch = kernels.get("rms_norm", lanes=64, digits=1, splits=0).dispatch(
+        dispatch = kernels.get("rms_norm", lanes=64, digits=1, dim=dim, splits=0).dispatch(
             [1, 1 if last else tokens],
-            dict(dim=dim, tokens=tokens, last=last, eps=1e-5),
+            dict(tokens=tokens, last=last, eps=1e-5),
             state=device.upload("state", np.array([0, n_tokens] + [0] * 10, np.uint32)),
             y=device.empty("y", 4 * tokens * dim),
             weight=weight,

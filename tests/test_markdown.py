@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from engine.markdown import MarkdownStream, split_blocks
+from engine.chat.markdown import MarkdownStream, split_blocks
 
 ANSWER = """\
 # Sums
@@ -94,6 +94,33 @@ def test_code_is_coloured_and_reasoning_dim(monkeypatch: pytest.MonkeyPatch) -> 
     assert "\x1b[2m" in output and "The answer." in text
     code = shown("```python\ndef f(): return 1\n```\n", 1000, monkeypatch)
     assert re.search(r"\x1b\[[0-9;]+mdef", code)
+
+
+def test_code_is_coloured_before_its_fence_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = io.StringIO()
+    stream = MarkdownStream(out)
+    stream.push("```python\ndef f():\n    ret")
+    stream._live.refresh()
+    drawn = out.getvalue()
+    stream.close()
+    assert re.search(r"\x1b\[[0-9;]+mdef", drawn)
+
+
+def test_reasoning_that_the_prompt_began_is_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = io.StringIO()
+    stream = MarkdownStream(out, thinking=True)
+    for piece in ("Hm *so*.\n\n", "Well.\n</think>\n\n", "An *answer*."):
+        stream.push(piece)
+    stream.close()
+    text = screen(out.getvalue())
+    assert text[:5] == ["<think>", "Hm *so*.", "", "Well.", "</think>"]
+    assert "An answer." in text
 
 
 @pytest.mark.parametrize(

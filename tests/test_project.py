@@ -42,7 +42,7 @@ def _files(*patterns: str) -> Iterator[Path]:
     """The project's own files of these names, below its folders and beside them."""
     for pattern in patterns:
         yield from ROOT.glob(pattern)
-        for folder in (*FOLDERS, "tests", ".ci"):
+        for folder in (*FOLDERS, "tests", "docs", ".ci"):
             yield from (ROOT / folder).rglob(pattern)
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, talk
 from safetensors.numpy import load, safe_open, save
 from tiny_model import random_source
 
-import chat
 from engine.device import Device
 from engine.errors import EngineError
 from engine.generate import Engine
@@ -199,19 +198,6 @@ class Keeper(FakeEngine):
         if path not in self.notes:
             raise EngineError(f"{path}: cannot be read as a session (no such file)")
         return self.notes[path]
-
-
-def talk(engine: Keeper, *lines: str, system: str | None = None) -> None:
-    rest = iter(lines)
-
-    def read() -> str:
-        try:
-            return next(rest)
-        except StopIteration:
-            raise EOFError from None
-
-    conversation = chat.Conversation(engine.tokenizer, engine.context, 100, system)
-    chat.Chat(engine, "fake", None, conversation, False).loop(read)  # type: ignore[arg-type]
 
 
 def test_a_saved_conversation_goes_on_in_another_chat(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +43,15 @@ def test_batched_logits_are_the_oracles(
         assert_close(logits, reference.logits(text), 128 * EPS32)
 
 
+@pytest.mark.parametrize("rows", [3, 8, 43, 48])  # less than a part, one, parts with a rest, parts
 def test_product_in_parts_is_the_product(
-    monkeypatch: pytest.MonkeyPatch, assert_close: AssertClose
+    rows: int, monkeypatch: pytest.MonkeyPatch, assert_close: AssertClose
 ) -> None:
-    monkeypatch.setattr(sample, "_PART", 4 * 70)
+    monkeypatch.setattr(sample, "_SMALL", 8 * 70 * 5)
     rng = np.random.default_rng(4)
-    w, x = rng.normal(size=(43, 70)), rng.normal(size=(5, 70))  # 10 parts and a rest
-    with ThreadPoolExecutor(3) as pool:
-        found = sample.product(pool, w, x)
+    w, x = rng.normal(size=(rows, 70)), rng.normal(size=(5, 70))
+    found = sample.product(w, x)
+    assert found.shape == (5, rows)
     assert_close(found, x @ w.T, 70 * 2.0**-53 * (np.abs(x) @ np.abs(w.T)))
 
 
@@ -59,12 +59,15 @@ def test_samples_are_the_same_on_any_number_of_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny_source(tmp_path, CONFIG)
-    monkeypatch.setattr(sample, "_PART", 7 * CONFIG.dim)
+    monkeypatch.setattr(sample, "_TEXTS", 2)
     found = []
     for n_cores in (1, 2, 7):
         monkeypatch.setattr("os.cpu_count", lambda n=n_cores: n)
-        found.append(sample_tokens(source, 5, 23))
+        found.append(sample_tokens(source, 5, 23, openings=[[5, 6]]))
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    # Every text is written from its own numbers, whichever it is together with.
+    monkeypatch.setattr(sample, "_TEXTS", 16)
+    assert np.array_equal(found[0], sample_tokens(source, 5, 23, openings=[[5, 6]]))
 
 
 def test_draw_inverts_the_cumulated_probability() -> None:
@@ -89,8 +92,9 @@ def test_sampled_texts_follow_from_the_seed(tmp_path: Path) -> None:
 
 def test_sampling_tells_its_progress(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    sample_tokens(tiny_source(tmp_path, CONFIG), 3, 20, progress=lambda *step: steps.append(step))
-    assert steps == [(pos, 20) for pos in range(2, 21)]
+    source = tiny_source(tmp_path, CONFIG)
+    sample_tokens(source, 17, 20, progress=lambda *step: steps.append(step))  # 16 texts and one
+    assert sorted(steps) == [(step, 38) for step in range(1, 39)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from engine.errors import WeightsError
 from weights.container import ContainerWriter, read_container, replacing
 
+ROOT = Path(__file__).parents[1]
 TENSORS: dict[str, tuple[str, np.ndarray]] = {
     "words": ("U32", np.arange(7, dtype=np.uint32) << 27),
     "none": ("U32", np.zeros(0, np.uint32)),
@@ -147,6 +150,31 @@ def test_replacing_that_is_interrupted_leaves_the_old_file(
         raise failure
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another kind of lock")
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a[1].safetensors"
+    program = (
+        "import sys, time; from pathlib import Path; from weights.container import replacing\n"
+        "with replacing(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half'); file.flush(); print(flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with replacing(path) as file:
+            file.write(b"whole")
+        assert len(list(tmp_path.iterdir())) == 2 and path.read_text() == "whole"
+        other.kill()
+        other.wait(60)
+    assert len(list(tmp_path.iterdir())) == 2 and path.read_text() == "whole"
+    with replacing(path) as file:
+        file.write(b"anew")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "anew"
 
 
 def test_replacing_where_nothing_can_be_written(tmp_path: Path) -> None:

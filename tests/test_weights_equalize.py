@@ -77,8 +77,6 @@ def case(request: pytest.FixtureRequest) -> Case:
         tensors[matrix.name] = np.concatenate(parts).astype(np.float64)
     statistics = MadeUp(config)
     equalized = Equalized(config, statistics)  # type: ignore[arg-type]
-    for matrix in layout.matrices(config):
-        equalized.find_columns(matrix)
     return Case(config, tensors, statistics, equalized)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
 import time
 
 import pytest
 
-from weights.parallel import in_order
+from engine.errors import EngineError
+from weights import parallel
+from weights.parallel import in_order, in_processes
 
 
 @pytest.mark.parametrize("budget", [0, 10, 13, 100])
@@ -30,3 +35,50 @@ def test_in_order_keeps_to_its_budget(budget: int) -> None:
     assert found == [-size for size in sizes]
     if budget:
         assert all(together <= max(budget, alone) for together, alone in overlaps)
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(parallel, "_WORTH_PROCESSES", 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+@pytest.mark.usefixtures("two_cores")
+def test_processes_work_in_order_on_what_is_here() -> None:
+    known = [object()]  # neither this nor a function within a function can be pickled
+
+    def work(size: int) -> tuple[int, int, int]:
+        time.sleep(0.01 * (size == 9))
+        return size, len(known), os.getpid()
+
+    found = list(in_processes(work, [9, 1, 2, 3], size=int, budget=10))
+    assert [(size, n) for size, n, _ in found] == [(9, 1), (1, 1), (2, 1), (3, 1)]
+    processes = {process for _, _, process in found}
+    assert len(processes) <= 2 and os.getpid() not in processes
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("items", [[9], [1, 2, 3]], ids=["one item", "little work"])
+def test_little_work_needs_no_processes(items: list[int]) -> None:
+    found = list(in_processes(lambda _: os.getpid(), items, size=int))
+    assert set(found) == {os.getpid()}
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_errors_come_out_of_processes() -> None:
+    def work(size: int) -> int:
+        raise EngineError(f"{size} is wrong")
+
+    with pytest.raises(EngineError, match="9 is wrong"):
+        list(in_processes(work, [9, 8], size=int))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+@pytest.mark.usefixtures("two_cores")
+def test_a_process_that_is_ended_is_an_error() -> None:
+    def work(size: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(EngineError, match="ended from outside"):
+        list(in_processes(work, [9, 8], size=int))

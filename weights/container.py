@@ -11,9 +11,11 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -196,13 +198,20 @@ class ContainerWriter:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends, or vanishes when it fails.
 
-    WeightsError: the folder cannot be written to or the disk is full.
+    What a process that was killed left of such a file is removed by the next one. WeightsError: the
+    folder cannot be written to or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            with suppress(OSError), open(left, "rb") as file:
+                _lock(file)
+                left.unlink()
         try:
             with open(temporary, "wb") as file:
+                with suppress(OSError):  # a file system without locks
+                    _lock(file)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -214,3 +223,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise WeightsError(
             f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
         ) from None
+
+
+def _lock(file: BinaryIO) -> None:
+    """Held for as long as the file is open; OSError where another process holds it."""
+    if sys.platform != "win32":  # which lets nobody remove a file that is open
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ from codec.whiten import inverse_factor, inverse_factor_diagonal, unit_steps
 from model.config import ModelConfig
 from weights import layout
 from weights.calibration.calibration import Calibration
+from weights.parallel import in_processes
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,26 +55,26 @@ class Equalized:
     def __init__(self, config: ModelConfig, calibration: Calibration) -> None:
         self._config = config
         self._calibration = calibration
-        self._found: dict[str, _Found] = {}  # by matrix, once `find_columns` was there
+        # An embedding that is no head too multiplies nothing.
+        no_head = None if config.tie_embeddings else layout.EMBEDDING
+        read = [m for m in layout.matrices(config) if m.name != no_head]
+        found = in_processes(self._find, read, size=lambda m: m.cols**2)
+        self._found = {m.name: of_matrix for m, of_matrix in zip(read, found, strict=True)}
 
-    def find_columns(self, matrix: layout.Matrix) -> None:
-        """Find the matrix's column scales; to be called for all before anything else is."""
+    def _find(self, matrix: layout.Matrix) -> _Found:
         c = self._config
-        if matrix.name == layout.EMBEDDING and not c.tie_embeddings:
-            return  # it multiplies nothing
         statistics = self._calibration.matrix(matrix.name)
         diagonal = inverse_factor_diagonal(statistics.hessian)
         gradient = statistics.gradient.astype(np.float64)
         if matrix.name == layout.EMBEDDING:
-            self._found[matrix.name] = _Found(np.ones(matrix.cols), diagonal, gradient)
-            return
+            return _Found(np.ones(matrix.cols), diagonal, gradient)
         log_t = np.log2(diagonal)
         if matrix.name.endswith("o_proj"):
             by_head = log_t.reshape(c.n_kv_heads, -1, c.head_dim)
             log_t = np.broadcast_to(by_head.mean(axis=1, keepdims=True), by_head.shape).ravel()
         eighths = np.rint((log_t - log_t.mean()) * _STEPS_PER_OCTAVE)
         columns = 2.0 ** (eighths / _STEPS_PER_OCTAVE)
-        self._found[matrix.name] = _Found(columns, diagonal, gradient)
+        return _Found(columns, diagonal, gradient)
 
     def whitening(self, matrix: layout.Matrix) -> Whitening | None:
         """None for an embedding that is no head too: it multiplies nothing."""

@@ -1,15 +1,28 @@
-"""Work spread over the processor's cores by threads: numpy lets go of the interpreter's lock."""
+"""Work spread over the processor's cores: by threads, as numpy lets go of the interpreter's lock,
+or by processes, where operations are so short that threads would mostly wait for that lock.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from engine.errors import EngineError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# Weights to be worked on for which processes are worth their beginning, some 50 ms.
+_WORTH_PROCESSES = 1 << 22
+
+_forked: Callable[[Any], Any] | None = None  # in a process of `in_processes`: what it calls
 
 
 def in_order(
@@ -22,17 +35,74 @@ def in_order(
 ) -> Iterator[R]:
     """map() on a thread per core or `at_most`, with no more results waiting than threads.
 
-    With `size`, sizes of what is worked on or waits add up to at most `budget`, but for an item
-    that alone is larger.
+    With `size`, sizes of what is worked on or waits add up to at most `budget`, if there is one,
+    but for an item that alone is larger.
     """
-    n_threads = min(os.cpu_count() or 1, at_most or 1 << 30)
-    with ThreadPoolExecutor(n_threads) as pool:
+    n_threads = _workers(at_most)
+    pool = ThreadPoolExecutor(n_threads)
+    yield from _in_order(pool, n_threads, function, items, size, budget)
+
+
+def in_processes(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    size: Callable[[T], int],
+    budget: int = 0,
+) -> Iterator[R]:
+    """`in_order`, in processes where there is work for them, of so many weights by `size`; as many
+    results may wait for one before them as the budget allows.
+
+    They are forked: `function` finds all as it is here, but what it changes stays there; items and
+    results are pickled. Where processes cannot be forked safely, and that is known only of Linux,
+    threads do it. EngineError if one was ended, as happens when memory runs out.
+    """
+    n_workers = min(_workers(), len(items))
+    if sys.platform != "linux" or n_workers < 2 or sum(map(size, items)) < _WORTH_PROCESSES:
+        yield from in_order(function, items, size=size, budget=budget)
+        return
+    pool = ProcessPoolExecutor(
+        n_workers, get_context("fork"), initializer=_begin, initargs=(function,)
+    )
+    try:
+        yield from _in_order(pool, len(items), _call, items, size, budget)
+    except BrokenProcessPool:
+        raise EngineError(
+            "a process that worked on a matrix was ended from outside, perhaps because memory ran "
+            "out; free some and try again"
+        ) from None
+
+
+def _workers(at_most: int | None = None) -> int:
+    return min(os.cpu_count() or 1, at_most or 1 << 30)
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    global _forked
+    _forked = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+
+
+def _call(item: Any) -> Any:
+    assert _forked is not None
+    return _forked(item)
+
+
+def _in_order(
+    executor: Executor,
+    most_waiting: int,
+    function: Callable[[T], R],
+    items: Iterable[T],
+    size: Callable[[T], int] | None,
+    budget: int,
+) -> Iterator[R]:
+    with executor as pool:
         waiting: deque[tuple[Future[R], int]] = deque()
         load = 0
         try:
             for item in items:
                 own = 0 if size is None else size(item)
-                while waiting and (len(waiting) > n_threads or load + own > budget > 0):
+                while waiting and (len(waiting) > most_waiting or load + own > budget > 0):
                     future, freed = waiting.popleft()
                     load -= freed
                     yield future.result()

@@ -19,7 +19,6 @@ from engine.errors import WeightsError
 from weights import layout
 from weights.calibration.calibration import Calibration
 from weights.equalize import Equalized
-from weights.parallel import in_order
 from weights.sources import Source
 
 Array = npt.NDArray[np.float32]
@@ -77,8 +76,6 @@ class Whitened:
         self._tied = source.config.tie_embeddings
         self._plain = Plain(source)
         self._equalized = Equalized(source.config, calibration)
-        for _ in in_order(self._equalized.find_columns, layout.matrices(source.config)):
-            pass
 
     def weighs(self, matrix: layout.Matrix) -> bool:
         return matrix.name != layout.EMBEDDING or self._tied

@@ -12,7 +12,7 @@ from codec.quantize import Histogram, bisect_constant, predicted_bits
 from engine.errors import WeightsError
 from weights import layout
 from weights.bits import MAX_BITS, MIN_BITS
-from weights.parallel import in_order
+from weights.parallel import in_processes
 from weights.quantizers import Quantizer, code
 
 # Of an embedding and a head whose errors' worth is not known. For the default model at 5 bits,
@@ -52,9 +52,12 @@ def find_constants(
         wanted = bits if group == "the model" else embed_bits or max(bits, LEAST_EMBED_BITS)
         try:
             c = bisect_constant(in_group, wanted, log2_states)
+            saved = 0.0
             for _ in range(_TRIALS):
+                more = -saved
                 saved = _saved(quantizer, [matrices[i] for i in members], in_group, c, log2_states)
-                c = bisect_constant(in_group, wanted, log2_states, saved)
+                more += saved  # as c falls by half, a weight takes a bit more
+                c = bisect_constant(in_group, wanted, log2_states, saved, near=c / 2**more)
         except ValueError as error:
             raise WeightsError(f"{group}: {error}; ask for other bits") from None
         constants |= {matrices[i].name: c for i in members}
@@ -72,20 +75,31 @@ def _saved(
     kinds: dict[str, list[int]] = {}
     for i, matrix in enumerate(matrices):
         kinds.setdefault(matrix.name.rpartition(".")[2], []).append(i)
+    # In the middle of as many stretches of blocks: the first block is like no other.
+    probes: list[int] = []
+    for members in kinds.values():
+        stretch = -(-len(members) // _PROBES)
+        probes += members[stretch // 2 :: stretch] or members
+
+    def every(i: int) -> int:
+        return max(1, matrices[i].rows // _PROBE_ROWS)
+
+    def taken(i: int) -> float:
+        return code(quantizer, matrices[i], c, log2_states, every(i))[1].bits_per_weight
+
+    def size(i: int) -> int:
+        return matrices[i].rows // every(i) * matrices[i].cols
+
+    bits = dict(zip(probes, in_processes(taken, probes, size=size), strict=True))
     saved, n_weights = 0.0, 0
     for members in kinds.values():
-        probes = members[:: -(-len(members) // _PROBES)]
-
-        def taken(i: int) -> float:
-            every = max(1, matrices[i].rows // _PROBE_ROWS)
-            return code(quantizer, matrices[i], c, log2_states, every)[1].bits_per_weight
-
-        rounded = [
-            predicted_bits(histograms[i], c, log2_states)
-            / (histograms[i].rows * histograms[i].cols)
-            for i in probes
+        by_probe = [
+            predicted_bits(histograms[i], c, log2_states) / (matrices[i].rows * matrices[i].cols)
+            - bits[i]
+            for i in members
+            if i in bits
         ]
         of_kind = sum(matrices[i].rows * matrices[i].cols for i in members)
-        saved += of_kind * float(np.mean(np.subtract(rounded, list(in_order(taken, probes)))))
+        saved += of_kind * float(np.mean(by_probe))
         n_weights += of_kind
     return saved / n_weights

@@ -5,8 +5,8 @@
 const LANES = 8u;  // one AVX2 vector; the rows that interleave
 const ROWS = 4u;   // of a lane: the activations are loaded once for all of them
 
-// Rows first, first + LANES, ...
-fn rows_product(first: u32) {
+// Rows first, first + LANES, ... times a factor.
+fn rows_product(first: u32, factor: f32) {
   var streams: array<Stream, ROWS>;
   var sums: array<Sums, ROWS>;
   for (var r = 0u; r < ROWS; r++) {
@@ -47,7 +47,7 @@ fn rows_product(first: u32) {
     }
     if (index < params.rows) {
       for (var t = 0u; t < tokens; t++) {
-        store_y(t * params.y_rows + matrix_row(row), total[t] * row_scale(row));
+        store_y(t * params.y_rows + matrix_row(row), total[t] * row_scale(row) * factor);
       }
     }
   }

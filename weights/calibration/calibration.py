@@ -62,8 +62,8 @@ class Calibration:
         path = self.folder / _result_name(name)
         try:
             with _READING, np.load(path) as file:
-                hessian = _symmetric(file[f"{name}.hessian"])
-                return MatrixStatistics(hessian, file[f"{name}.gradient"])
+                packed, gradient = file[f"{name}.hessian"], file[f"{name}.gradient"]
+            return MatrixStatistics(_symmetric(packed), gradient)
         except FileNotFoundError:
             raise KeyError(name) from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -5,13 +5,10 @@ Needs the whole model in float32 in memory, as nothing else here does.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 from typing import Self
 
 import numpy as np
@@ -19,15 +16,19 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from model.config import ModelConfig
-from model.reference import Floats, Integers, embed, matvec, rms_norm
-from weights.calibration.layer import Layer, Product, activate, output
+from model.reference import Floats, Integers, embed, rms_norm
+from weights.calibration.layer import Layer, activate, output
 from weights.layout import EMBEDDING, HEAD
+from weights.parallel import in_order
 from weights.sources import Source
 
 Tokens = npt.NDArray[np.int64]
 
 _DRAW_BLOCK = 256  # tokens of a vocabulary whose probabilities are summed first
-_PART = 1 << 19  # weights; whatever the number of cores, so that roundings are the same
+# Texts that a core writes together; whatever the number of cores, so that roundings are the same.
+# Of fewer, reading the weights is most of the work.
+_TEXTS = 16
+_SMALL = 10**6
 
 
 def sample_tokens(
@@ -39,7 +40,7 @@ def sample_tokens(
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokens:
-    """(n_sequences, length) tokens that the model writes; `progress(positions done, length)`.
+    """(n_sequences, length) tokens that the model writes; `progress(steps done, steps in all)`.
 
     Texts begin after what separates them in training, BOS or else end of text, every second one
     instead with the next of `openings`; and go on as the model likes, past an end of text too. At
@@ -60,17 +61,22 @@ def sample_tokens(
     tokens[:, 0] = begun[:, 0]
 
     uniform = rng.random((length, n_sequences))
-    # A thread works on its own rows: products that are threaded too would wait for cores.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        spread = partial(product, pool)
-        model = BatchedLlama(c, DenseLlama.read(source), n_sequences, length, spread)
+    weights, steps_done = DenseLlama.read(source), count(1)
+    groups = [slice(begin, begin + _TEXTS) for begin in range(0, n_sequences, _TEXTS)]
+
+    def write(group: slice) -> None:
+        texts = tokens[group]  # (texts, length), a view
+        model = BatchedLlama(c, weights, len(texts), length)
         for pos in range(1, length):
-            logits = model.step(tokens[:, pos - 1])
+            logits = model.step(texts[:, pos - 1])
             logits /= temperature
-            drawn = draw(softmax(logits), uniform[pos])
-            tokens[:, pos] = np.where(begun[:, pos] < 0, drawn, begun[:, pos])
+            drawn = draw(softmax(logits), uniform[pos, group])
+            texts[:, pos] = np.where(begun[group, pos] < 0, drawn, begun[group, pos])
             if progress is not None:
-                progress(pos + 1, length)
+                progress(next(steps_done), len(groups) * (length - 1))
+
+    with threadpool_limits(1, "blas"):  # threads of threads would wait for cores
+        deque(in_order(write, groups), maxlen=0)
     return tokens
 
 
@@ -103,11 +109,9 @@ class BatchedLlama:
         weights: DenseLlama,
         batch: int,
         length: int,
-        product: Product = matvec,
     ) -> None:
         self._config = config
         self._weights = weights
-        self._product = product
         self.pos = 0  # tokens of each text that it has read
         shape = (config.n_layers, length, batch * config.n_kv_heads, config.head_dim)
         self._k_cache = np.empty(shape, weights.norm.dtype)
@@ -118,22 +122,27 @@ class BatchedLlama:
         c, w = self._config, self._weights
         x = embed(w.embedding, token_ids)
         for layer, k_cache, v_cache in zip(w.layers, self._k_cache, self._v_cache, strict=True):
-            activations = activate(c, layer, x, k_cache, v_cache, self.pos, self._product)
-            x = output(layer, activations, self._product)
+            activations = activate(c, layer, x, k_cache, v_cache, self.pos, product)
+            x = output(layer, activations, product)
         self.pos += 1
-        return self._product(w.head, rms_norm(x, w.norm, c.norm_eps))
+        return product(w.head, rms_norm(x, w.norm, c.norm_eps))
 
 
-def product(pool: ThreadPoolExecutor, w: Floats, x: Floats) -> Floats:
-    """`matvec` for few tokens, where to read the weights is the work: parts of them at once."""
-    y = np.empty((len(w), len(x)), x.dtype)
-    step = max(1, _PART // w.shape[1])
+def product(w: Floats, x: Floats) -> Floats:
+    """`matvec` for few tokens x (tokens, cols), by parts of W.
 
-    def work(begin: int) -> None:
-        np.matmul(w[begin : begin + step], x.T, out=y[begin : begin + step])
-
-    deque(pool.map(work, range(0, len(w), step)), maxlen=0)
-    return y.T
+    OpenBLAS first copies what it multiplies, which here would be most of the work, but for small
+    products: of up to 10^6 terms.
+    """
+    rows, cols = w.shape
+    columns = np.ascontiguousarray(x.T)  # (cols, tokens)
+    y = np.empty((rows, len(x)), x.dtype)
+    part = max(8, _SMALL // columns.size)  # rows
+    whole = rows - rows % part
+    parts = w[:whole].reshape(-1, part, cols)
+    np.matmul(parts, columns, out=y[:whole].reshape(-1, part, len(x)))
+    np.matmul(w[whole:], columns, out=y[whole:])
+    return np.ascontiguousarray(y.T)
 
 
 def softmax(logits: Floats) -> Floats:

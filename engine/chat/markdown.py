@@ -12,20 +12,23 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
+from engine.chat.conversation import END_OF_THINK, THINK
+
 _DRAWINGS_PER_SECOND = 15
-_THINK, _END_OF_THINK = "<think>", "</think>"  # how models mark what they say to themselves
 
 
 class MarkdownStream:
     """Pieces of a text, shown as Markdown on a terminal; `close` shows what is left of it.
 
     A block (a paragraph, a list, fenced code) is redrawn as it grows and printed for good when the
-    next one begins. Reasoning between <think> tags is dim and no Markdown.
+    next one begins. Reasoning between <think> tags is dim and no Markdown; with `thinking` the text
+    begins within it.
     """
 
-    def __init__(self, file: IO[str]) -> None:
+    def __init__(self, file: IO[str], thinking: bool = False) -> None:
         self._console = Console(file=file, highlight=False)
-        self._block = ""  # what is not printed yet
+        # What is not printed yet. Of reasoning that began in the prompt the tag is missing.
+        self._block = f"{THINK}\n" if thinking else ""
         self._printed = False
         self._live = _Drawing(
             get_renderable=lambda: _Tail(render(self._block)),
@@ -64,8 +67,8 @@ def split_blocks(text: str) -> list[str]:
         bare = line.strip()
         if at == begin and not bare:  # blank lines between blocks belong to none
             begin = at + len(line)
-        elif thinking or (not fence and bare.startswith(_THINK)):
-            thinking = _END_OF_THINK not in line
+        elif thinking or (not fence and bare.startswith(THINK)):
+            thinking = END_OF_THINK not in line
             if not thinking and line.endswith("\n"):
                 blocks.append(text[begin : at + len(line)])
                 begin = at + len(line)
@@ -83,7 +86,7 @@ def split_blocks(text: str) -> list[str]:
 
 def render(block: str) -> RenderableType:
     """One block: reasoning dimmed, Markdown otherwise, whose single line ends are kept."""
-    if block.lstrip().startswith(_THINK):
+    if block.lstrip().startswith(THINK):
         return Text(block.strip(), style="dim")
     markdown = Markdown(block, code_theme="ansi_dark")
     # Parsed again, since tags are text here: rich would leave them out.

@@ -1,0 +1,1 @@
+"""The terminal chat that chat.py starts: its conversation, commands, terminal and arguments."""
