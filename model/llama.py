@@ -233,9 +233,10 @@ class Llama:
 
             if not fused:
                 yield self._rms_norm(self.o, norm, tokens)
-            then = self._then_swiglu() if fused else None
+            # On a GPU it is longer about the counts of so many rows than a launch takes.
+            then = self._then_swiglu() if fused and self.device.software else None
             yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, eps=eps, then=then)
-            if not fused:
+            if then is None:
                 yield self._swiglu(tokens)
             then = self._then_norm(norms[i + 1]) if fused else None
             yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)

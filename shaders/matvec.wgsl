@@ -44,5 +44,5 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(workgroup_id) g
   let index = group.x * 32u + local.x;
   let row = row_info[index];
   let sums = segment_product(group.x, group.y, local.xy, row);
-  write_sums(sums, product_scale(row), matrix_row(row), index, local.xy, group.y);
+  write_sums(sums, row, index, local.xy, group.y);
 }

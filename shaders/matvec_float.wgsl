@@ -33,6 +33,8 @@ struct Params {
 
 fn store_y(i: u32, value: f32) { y[i] = value; }
 
+fn product_scale(row: Row) -> f32 { return 1.0; }
+
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
         @builtin(workgroup_id) group: vec3<u32>) {
@@ -56,5 +58,5 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
     let w = outlier_floats(chunk, outliers[k]);
     for (var t = 0u; t < tokens; t++) { sums[t] += outlier_dot(w, t, column); }
   }
-  write_sums(sums, 1.0, matrix_row(row), index, local.xy, group.y);
+  write_sums(sums, row, index, local.xy, group.y);
 }

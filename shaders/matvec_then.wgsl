@@ -52,7 +52,7 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   let row = row_info[index];
   none_ready(lane);
   let sums = segment_product(group.x, group.y, local.xy, row);
-  write_sums(sums, product_scale(row), matrix_row(row), index, local.xy, group.y);
+  write_sums(sums, row, index, local.xy, group.y);
   storageBarrier();
   if (local.y == 0u && index < params.rows) { arrive(matrix_row(row)); }
   then(lane);

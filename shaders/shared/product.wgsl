@@ -1,7 +1,7 @@
 // A workgroup's share of W x: lane = row of a 32-row tile, workgroup row = column segment.
 // Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl and norm_factor.wgsl.
 
-var<workgroup> shares: array<f32, 32>;  // of squares
+var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
 
 // The row's segment times every token, the row's scale and the norm's factor apart; `tile` and `split` are the workgroup's, `local` the lane's
 // (row of the tile, segment of the workgroup).
@@ -12,7 +12,7 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   let entry = entries[segment * params.rows_padded + tile * 32u + local.x];
   // The stream is on its way before the table, which all must wait for.
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  if (lane < 32u) { shares[lane] = share; }
+  if (lane < 32u) { shares[lane / 4u][lane % 4u] = share; }
   load_table(lane, partials, first_entry(row_info[tile * 32u]));
   var sums = Sums();
   let end = first_block(segment + 1u);
@@ -34,7 +34,7 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
 
 // The row's scale and the norm's factor.
 fn product_scale(row: Row) -> f32 {
-  var sum = 0.0;
-  for (var i = 0u; i < 32u; i++) { sum += shares[i]; }
-  return row_scale(row) * norm_factor(sum);
+  var sums = vec4<f32>(0.0);
+  for (var i = 0u; i < 8u; i++) { sums += shares[i]; }
+  return row_scale(row) * norm_factor(dot(sums, vec4<f32>(1.0)));
 }
