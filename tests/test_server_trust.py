@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -95,7 +96,7 @@ def test_malformed_requests_are_refused(running: Running) -> None:
         assert got.status_code == 400 and got.json()["error"]["message"], content[:20]
     for prompt in ([], [[]], "", [1, "a"], [[1], "a"], [-1], [1 << 70], None, 1, {}):
         got = running.http.post("/v1/completions", json={"prompt": prompt})
-        assert got.status_code == 400 and "prompt" in got.text or "token id" in got.text, prompt
+        assert got.status_code == 400 and re.search("prompt|token id", got.text), prompt
     assert post(content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert post(content=b" " * (4 << 20) + b"{}", headers=json_type).status_code == 413
     wrong = [("GET", "/v1/completions", 405), ("POST", "/health", 405), ("GET", "/v1/files", 404)]
