@@ -25,7 +25,7 @@ from wgpu.backends.wgpu_native._api import libf
 
 from engine import Engine
 from engine.errors import DeviceError, EngineError
-from engine.server import command
+from engine.server import app, command
 
 pytestmark = pytest.mark.gpu
 
@@ -88,7 +88,7 @@ def test_what_is_wrong_is_named(
     assert error["type"] == "invalid_request_error"
 
 
-def test_malformed_requests_are_refused(running: Running) -> None:
+def test_malformed_requests_are_refused(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     post = partial(running.http.post, "/v1/chat/completions")
     json_type = {"content-type": "application/json"}
     for content in (b"", b"{", b"[" * 100_000, b"null", b"[]", b'{"messages": "\xff"}', b"{}" * 9):
@@ -113,6 +113,11 @@ def test_malformed_requests_are_refused(running: Running) -> None:
         with socket.create_connection(running.address, timeout=10) as client:
             client.sendall(raw)
             assert client.recv(1000).startswith(b"HTTP/1.1 400 ")
+    monkeypatch.setattr(app, "_BODY_SECONDS", 0.1)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: [::1]:80\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(running.address, timeout=10) as client:
+        client.sendall(head + b"Content-Length: 9\r\n\r\n{")
+        assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
     assert running.http.get("/health").status_code == 200
 
 
