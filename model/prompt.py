@@ -255,10 +255,10 @@ class Prompt:
 
     def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any, paged: bool) -> Step:
         c = self.config
-        quads = c.n_kv_heads * half_padded(c) // 4
+        kernel = self.kernels.get("cache_write", paged=paged, **self._model.cache.overrides)
         return Step(
-            self.kernels.get("cache_write", paged=paged).dispatch(
-                [-(-quads // 64), 1],
+            kernel.dispatch(
+                [c.n_kv_heads, 1],
                 self._heads,
                 state=self.state,
                 y=qkv,
@@ -278,6 +278,7 @@ class Prompt:
             row_quads=2 * half_quads * _ROWS,
             window=c.window(layer) or 0,
             paged=paged,
+            **self._model.cache.overrides,
         )
         if self._tiled:
             overrides |= dict(half_quads=half_quads, n_splits=self._splits)

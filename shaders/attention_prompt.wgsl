@@ -9,6 +9,7 @@
 //#import pairs
 //#import pages
 //#import heads
+//#import cache
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
 override n_splits: u32;
@@ -47,49 +48,55 @@ var<workgroup> tile: array<vec4<f32>, row_quads>;     // keys (quads, POSITIONS)
 var<workgroup> weights: array<vec4<f32>, 256>;        // (POSITIONS, ROW_GROUPS)
 var<workgroup> maxima: array<vec4<f32>, LANES>;       // (COLUMNS, ROW_GROUPS)
 
-struct Four { a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32> }  // what a lane has on its way
+struct Fetched { packed: vec4<u32>, scale: f32 }
+struct Four { a: Fetched, b: Fetched, c: Fetched, d: Fetched }  // what a lane has on its way
 
-// Quad i of a tile; positions beyond the last are read as the last one and get no weight.
-fn key(kv_head: u32, first: u32, last: u32, i: u32) -> vec4<u32> {
-  return k_cache[k_index(kv_head, min(first + i % POSITIONS, last), min(i / POSITIONS, half_quads - 1u))];
+// Quad i of a tile is this one of a row; positions beyond the last are read as the last one and get no weight.
+fn key_quad(i: u32) -> u32 { return min(i / POSITIONS, half_quads - 1u); }
+fn value_quad(i: u32) -> u32 { return i % half_quads; }
+
+fn fetch_key(kv_head: u32, first: u32, last: u32, i: u32) -> Fetched {
+  let row = cache_row(kv_head, min(first + i % POSITIONS, last));
+  return Fetched(k_cache[vector_at(row, key_quad(i), key_bits)], key_scale(row));
 }
 
-fn value(kv_head: u32, first: u32, last: u32, i: u32) -> vec4<u32> {
-  return v_cache[v_index(kv_head, min(first + i / half_quads, last), i % half_quads)];
+fn fetch_value(kv_head: u32, first: u32, last: u32, i: u32) -> Fetched {
+  let row = cache_row(kv_head, min(first + i / half_quads, last));
+  return Fetched(v_cache[vector_at(row, value_quad(i), value_bits)], value_scale(row));
 }
 
 fn keys(kv_head: u32, first: u32, last: u32, lane: u32) -> Four {
   var k: Four;
-  k.a = key(kv_head, first, last, lane);
-  if (half_quads > 4u) { k.b = key(kv_head, first, last, lane + LANES); }
-  if (half_quads > 8u) { k.c = key(kv_head, first, last, lane + 2u * LANES); }
-  if (half_quads > 12u) { k.d = key(kv_head, first, last, lane + 3u * LANES); }
+  k.a = fetch_key(kv_head, first, last, lane);
+  if (half_quads > 4u) { k.b = fetch_key(kv_head, first, last, lane + LANES); }
+  if (half_quads > 8u) { k.c = fetch_key(kv_head, first, last, lane + 2u * LANES); }
+  if (half_quads > 12u) { k.d = fetch_key(kv_head, first, last, lane + 3u * LANES); }
   return k;
 }
 
 fn values(kv_head: u32, first: u32, last: u32, lane: u32) -> Four {
   var v: Four;
-  v.a = value(kv_head, first, last, lane);
-  if (half_quads > 4u) { v.b = value(kv_head, first, last, lane + LANES); }
-  if (half_quads > 8u) { v.c = value(kv_head, first, last, lane + 2u * LANES); }
-  if (half_quads > 12u) { v.d = value(kv_head, first, last, lane + 3u * LANES); }
+  v.a = fetch_value(kv_head, first, last, lane);
+  if (half_quads > 4u) { v.b = fetch_value(kv_head, first, last, lane + LANES); }
+  if (half_quads > 8u) { v.c = fetch_value(kv_head, first, last, lane + 2u * LANES); }
+  if (half_quads > 12u) { v.d = fetch_value(kv_head, first, last, lane + 3u * LANES); }
   return v;
 }
 
-fn keep_key(i: u32, packed: vec4<u32>) {
+fn keep_key(i: u32, fetched: Fetched) {
   if (i < POSITIONS * half_quads) {
-    let k = unpack_f16(packed);
-    tile[i] = k.lo;  // (quads, POSITIONS): i is quad * POSITIONS + position
-    tile[i + half_quads * POSITIONS] = k.hi;
+    let k = unpack(fetched.packed, key_quad(i), key_bits);
+    tile[i] = k.lo * fetched.scale;  // (quads, POSITIONS): i is quad * POSITIONS + position
+    tile[i + half_quads * POSITIONS] = k.hi * fetched.scale;
   }
 }
 
-fn keep_value(i: u32, packed: vec4<u32>) {
+fn keep_value(i: u32, fetched: Fetched) {
   if (i < POSITIONS * half_quads) {
-    let v = unpack_f16(packed);
+    let v = unpack(fetched.packed, value_quad(i), value_bits);
     let at = i / half_quads * 2u * half_quads + i % half_quads;
-    tile[at] = v.lo;
-    tile[at + half_quads] = v.hi;
+    tile[at] = v.lo * fetched.scale;
+    tile[at + half_quads] = v.hi * fetched.scale;
   }
 }
 

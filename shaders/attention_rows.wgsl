@@ -6,6 +6,7 @@
 //#import pairs
 //#import pages
 //#import heads
+//#import cache
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
 override row_quads: u32;         // ROWS * half_padded / 2
@@ -44,14 +45,17 @@ struct Four {  // rows of a lane: by element, by row
 }
 
 fn score(q: Four, kv_head: u32, pos: u32, quad: u32) -> vec4<f32> {
-  let k = unpack_f16(k_cache[k_index(kv_head, pos, quad)]);
-  return q.lo * k.lo + q.hi * k.hi;
+  let row = cache_row(kv_head, pos);
+  let k = key(row, quad);
+  return (q.lo * k.lo + q.hi * k.hi) * key_scale(row);
 }
 
 fn add(m: ptr<function, Four>, weight: vec4<f32>, kv_head: u32, pos: u32, quad: u32) {
-  let v = unpack_f16(v_cache[v_index(kv_head, pos, quad)]);
-  (*m).lo += mat4x4<f32>(v.lo.x * weight, v.lo.y * weight, v.lo.z * weight, v.lo.w * weight);
-  (*m).hi += mat4x4<f32>(v.hi.x * weight, v.hi.y * weight, v.hi.z * weight, v.hi.w * weight);
+  let row = cache_row(kv_head, pos);
+  let v = value(row, quad);
+  let w = weight * value_scale(row);
+  (*m).lo += mat4x4<f32>(v.lo.x * w, v.lo.y * w, v.lo.z * w, v.lo.w * w);
+  (*m).hi += mat4x4<f32>(v.hi.x * w, v.hi.y * w, v.hi.z * w, v.hi.w * w);
 }
 
 fn visible(pos: u32, own: vec4<u32>, seen_from: vec4<u32>) -> vec4<bool> {
