@@ -71,7 +71,7 @@ class Batch:
     """Sequences of one engine, up to `max_sequences` at once; more wait for their turn.
 
     The engine's cache is theirs: while there are any, the engine generates nothing else. Models
-    without passes for prompts (exact activations, no loss, attention windows) run 16 at once.
+    without passes for prompts (exact activations, no loss) run 16 at once.
     `matvec_rows`: rows up to which weights are multiplied where they are decoded.
     """
 

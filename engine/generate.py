@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ import numpy as np
 from engine.batch import Batch
 from engine.batch import Sequence as BatchSequence
 from engine.device import Device, Readback
-from engine.errors import EngineError, OutOfMemoryError
+from engine.errors import DeviceLostError, EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
 from engine.kernel import Dispatch
 from engine.memory import Memory, cache_kind, check_room, no_room, planned
@@ -155,6 +156,19 @@ class Engine:
         device = Device.open(adapter)
         with device.errors():
             return cls(weights, device, exact=exact, draft=drafts, announce=announce, **options)
+
+    def close(self) -> None:
+        """Give back the device's memory; the engine is of no use after this."""
+        self._stop_active()
+        # wgpu keeps what commands use until they are submitted. What an interrupted reading stands
+        # in the way of, and a lost device does not take, stays until the program ends.
+        recorded = [c for c, into in self._recorded.values() if into.map_state == "unmapped"]
+        self._recorded.clear()
+        with suppress(DeviceLostError), self.device.errors():
+            self._model.write_state(0, [0])  # raises, where to submit would end the process
+            self.device.queue.submit(recorded)
+        if self._draft is not None:
+            self._draft.close()
 
     def memory(self) -> Memory:
         """Of the model and of the one that drafts for it."""

@@ -1,5 +1,5 @@
-// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own, for many tokens: attention's result, for
-// attention_combine to join. The tokens' own keys are in the cache already.
+// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own, or the last `window` of them, for many
+// tokens: attention's result, for attention_combine to join. The tokens' own keys are in the cache already.
 // A workgroup takes ROWS pairs of (token, head), heads that share a kv head side by side, and goes through every
 // n_splits-th tile of POSITIONS with a running maximum and sum (Dao 2022). A tile's keys, then its values, are in
 // workgroup memory, on their way there while the others are used. All in f32.
@@ -13,6 +13,7 @@
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
 override n_splits: u32;
+override window: u32;  // positions that a token sees; 0: all
 override half_quads: u32;  // half_padded / 4, at most 16: head_dim up to 128
 override row_quads: u32;   // 2 * half_quads * ROWS: of the rows' queries, and of a tile of keys
 
@@ -133,12 +134,19 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let column = lane / ROW_GROUPS;
   let rows = row_group + ROW_GROUPS * vec4<u32>(0u, 1u, 2u, 3u);
   let own = state.pos + min(first_token + rows / heads, vec4<u32>(last_token));  // the rows' last positions
+  var seen_from = vec4<u32>(0u);
+  var begin = group.z * POSITIONS;
+  if (window > 0u) {  // tiles that no row sees are passed over
+    seen_from = own + 1u - min(own + 1u, vec4<u32>(window));
+    let length = state.pos + first_token + 1u;
+    begin += (length - min(length, window)) / POSITIONS * POSITIONS;
+  }
   var running_max = vec4<f32>(NEVER);
   var sum = vec4<f32>(0.0);
   var near_mixed = mat4x4<f32>();  // quad `column` of the values, by row
   var far_mixed = mat4x4<f32>();   // and quad COLUMNS + column
-  var k = keys(kv_head, group.z * POSITIONS, last, lane);
-  for (var first = group.z * POSITIONS; first <= last; first += n_splits * POSITIONS) {
+  var k = keys(kv_head, begin, last, lane);
+  for (var first = begin; first <= last; first += n_splits * POSITIONS) {
     keep_key(lane, k.a);
     if (half_quads > 4u) { keep_key(lane + LANES, k.b); }
     if (half_quads > 8u) { keep_key(lane + 2u * LANES, k.c); }
@@ -156,8 +164,8 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
       far += vec4<f32>(dot(q[0], k1), dot(q[1], k1), dot(q[2], k1), dot(q[3], k1));
     }
     let pos = vec4<u32>(first + column);
-    near = select(vec4<f32>(NEVER), near, pos <= own);
-    far = select(vec4<f32>(NEVER), far, pos + COLUMNS <= own);
+    near = select(vec4<f32>(NEVER), near, pos <= own & pos >= seen_from);
+    far = select(vec4<f32>(NEVER), far, pos + COLUMNS <= own & pos + COLUMNS >= seen_from);
     maxima[lane] = max(near, far);
     workgroupBarrier();
     var new_max = running_max;

@@ -177,12 +177,12 @@ def test_matmul_of_whole_numbers_is_exact(
 
 
 @pytest.mark.parametrize(
-    ("name", "n_splits", "paged", "cache"),
+    ("name", "n_splits", "paged", "cache", "window"),
     [
-        ("attention_prompt", 1, False, "f16"),
-        ("attention_prompt", 3, True, "int4"),
-        ("attention_rows", 1, False, "f16"),
-        ("attention_rows", 1, True, "int8"),
+        ("attention_prompt", 1, False, "f16", 0),
+        ("attention_prompt", 3, True, "int4", 9),
+        ("attention_rows", 1, False, "f16", 9),
+        ("attention_rows", 1, True, "int8", 0),
     ],
 )
 @pytest.mark.parametrize(
@@ -202,6 +202,7 @@ def test_cache_write_and_attention_prompt(
     n_splits: int,
     paged: bool,
     cache: str,
+    window: int,
 ) -> None:
     device, max_pos, theta = kernels.device, 96, 10000.0
     table = rng.permutation(max_pos // BLOCK).astype(np.uint32)
@@ -256,6 +257,7 @@ def test_cache_write_and_attention_prompt(
             paged=paged,
             key_bits=bits[0],
             value_bits=bits[1],
+            window=window,
             **overrides,
         ).dispatch(
             [n_kv_heads, -(-n_tokens // tokens_per_group) + 1, n_splits],
@@ -294,7 +296,13 @@ def test_cache_write_and_attention_prompt(
     assert (got_v[untouched] == past[1][untouched]).all()
 
     # As test_rope_cache_and_attention derives it.
-    want = reference.attention(want_q, got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    want = reference.attention(
+        want_q,
+        got_k.astype(np.float64),
+        got_v.astype(np.float64),
+        pos,
+        window=window or None,
+    )
     n_pos = pos + n_tokens
     largest = np.abs(got_v[:n_pos]).max()
     score_per_query = np.abs(got_k[:n_pos]).max() * head_dim**0.5
