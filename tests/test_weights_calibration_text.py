@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,13 @@ def test_product_in_parts_is_the_product(
     rows: int, monkeypatch: pytest.MonkeyPatch, assert_close: AssertClose
 ) -> None:
     monkeypatch.setattr(sample, "_SMALL", 8 * 70 * 5)
+    monkeypatch.setattr(sample, "_SHARED", 0)
     rng = np.random.default_rng(4)
     w, x = rng.normal(size=(rows, 70)), rng.normal(size=(5, 70))
-    found = sample.product(w, x)
-    assert found.shape == (5, rows)
-    assert_close(found, x @ w.T, 70 * 2.0**-53 * (np.abs(x) @ np.abs(w.T)))
+    with ThreadPoolExecutor(3) as pool:
+        found = [sample.product(w, x, pool, ways) for ways in (0, 1, 2, 5, 40)]
+    assert_close(found[0], x @ w.T, 70 * 2.0**-53 * (np.abs(x) @ np.abs(w.T)))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
 def test_samples_are_the_same_on_any_number_of_cores(
@@ -60,6 +63,8 @@ def test_samples_are_the_same_on_any_number_of_cores(
 ) -> None:
     source = tiny_source(tmp_path, CONFIG)
     monkeypatch.setattr(sample, "_TEXTS", 2)
+    monkeypatch.setattr(sample, "_SMALL", 1)  # parts of 8 rows,
+    monkeypatch.setattr(sample, "_SHARED", 0)  # and with 7 cores two to each text
     found = []
     for n_cores in (1, 2, 7):
         monkeypatch.setattr("os.cpu_count", lambda n=n_cores: n)
