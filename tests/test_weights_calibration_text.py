@@ -102,6 +102,23 @@ def test_sampling_tells_its_progress(tmp_path: Path) -> None:
     assert sorted(steps) == [(step, 38) for step in range(1, 39)]
 
 
+def test_sampling_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error where one text is written, as Ctrl-C is one, ends the others too."""
+    monkeypatch.setattr(sample, "_TEXTS", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    steps = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal steps
+        steps = done
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_tokens(tiny_source(tmp_path, CONFIG), 40, 60, progress=progress)
+    assert steps < 40 * 59 // 4
+
+
 @pytest.mark.parametrize(
     ("bos", "eos", "opening"),
     [

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, cycle
+from threading import Event
 from typing import Self
 
 import numpy as np
@@ -22,7 +23,6 @@ from model.config import ModelConfig
 from model.reference import Floats, Integers, embed, matvec, rms_norm
 from weights.calibration.layer import Layer, Product, activate, output
 from weights.layout import EMBEDDING, HEAD
-from weights.parallel import in_order
 from weights.sources import Source
 
 Tokens = npt.NDArray[np.int64]
@@ -67,12 +67,14 @@ def sample_tokens(
     uniform = rng.random((length, n_sequences))
     weights, steps_done = DenseLlama.read(source), count(1)
     groups = [slice(begin, begin + _TEXTS) for begin in range(0, n_sequences, _TEXTS)]
-    n_cores = os.cpu_count() or 1
+    n_cores, stopped = os.cpu_count() or 1, Event()
 
     def write(group: slice) -> None:
         texts = tokens[group]  # (texts, length), a view
         model = BatchedLlama(c, weights, len(texts), length, spread)
         for pos in range(1, length):
+            if stopped.is_set():
+                return
             logits = model.step(texts[:, pos - 1])
             logits /= temperature
             drawn = draw(softmax(logits), uniform[pos, group])
@@ -81,9 +83,16 @@ def sample_tokens(
                 progress(next(steps_done), len(groups) * (length - 1))
 
     # Threads of BLAS would wait for cores.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(n_cores) as pool:
-        spread = partial(product, pool=pool, ways=n_cores // len(groups))
-        deque(in_order(write, groups), maxlen=0)
+    with (
+        threadpool_limits(1, "blas"),
+        ThreadPoolExecutor(n_cores) as helpers,
+        ThreadPoolExecutor(n_cores) as writers,
+    ):
+        spread = partial(product, pool=helpers, ways=n_cores // len(groups))
+        try:
+            deque(writers.map(write, groups), maxlen=0)
+        finally:
+            stopped.set()  # after Ctrl-C no text is written to its end
     return tokens
 
 
