@@ -177,12 +177,12 @@ def test_matmul_of_whole_numbers_is_exact(
 
 
 @pytest.mark.parametrize(
-    ("name", "n_splits", "paged", "cache", "window"),
+    ("name", "n_splits", "paged", "window", "cache"),
     [
-        ("attention_prompt", 1, False, "f16", 0),
-        ("attention_prompt", 3, True, "int4", 9),
-        ("attention_rows", 1, False, "f16", 9),
-        ("attention_rows", 1, True, "int8", 0),
+        ("attention_prompt", 1, False, 0, "f16"),
+        ("attention_prompt", 3, True, 9, "int4"),
+        ("attention_rows", 1, False, 9, "f16"),
+        ("attention_rows", 1, True, 0, "int8"),
     ],
 )
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_cache_write_and_attention_prompt(
     name: str,
     n_splits: int,
     paged: bool,
-    cache: str,
     window: int,
+    cache: str,
 ) -> None:
     device, max_pos, theta = kernels.device, 96, 10000.0
     table = rng.permutation(max_pos // BLOCK).astype(np.uint32)
@@ -255,9 +255,9 @@ def test_cache_write_and_attention_prompt(
             tokens_per_group=tokens_per_group,
             row_quads=16 * padded,
             paged=paged,
+            window=window,
             key_bits=bits[0],
             value_bits=bits[1],
-            window=window,
             **overrides,
         ).dispatch(
             [n_kv_heads, -(-n_tokens // tokens_per_group) + 1, n_splits],
