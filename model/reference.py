@@ -199,16 +199,16 @@ def sampling_support(logits: Floats, sampling: Sampling) -> Integers:
     By sorting, where the kernel searches for the threshold; equal logits are in or out together.
     """
     scaled = logits.astype(np.float64) / sampling.temperature
-    best_first = np.sort(scaled)[::-1]
-    least = best_first[-1]
+    least = -np.inf
     if 0 < sampling.top_k < scaled.size:
-        least = best_first[sampling.top_k - 1]
+        least = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
     if sampling.top_p < 1:
-        weights = np.exp(best_first[best_first >= least] - best_first[0])
+        best_first = np.sort(scaled[scaled >= least])[::-1]
+        weights = np.exp(best_first - best_first[0])
         enough = np.cumsum(weights) >= sampling.top_p * weights.sum()
         least = best_first[np.argmax(enough)]
     if sampling.min_p > 0:
-        least = max(least, best_first[0] + np.log(sampling.min_p))
+        least = max(least, scaled.max() + np.log(sampling.min_p))
     return np.flatnonzero(scaled >= least)
 
 
@@ -220,13 +220,12 @@ def sampling_scores(logits: Floats, sampling: Sampling, pos: int) -> Floats:
     """
     if sampling.temperature == 0:
         return logits
-    tokens = np.arange(logits.size, dtype=np.uint32)
-    hashed = _pcg(tokens ^ _pcg(np.uint32(pos) ^ _pcg(np.uint32(sampling.seed))))
+    support = sampling_support(logits, sampling)
+    hashed = _pcg(support.astype(np.uint32) ^ _pcg(np.uint32(pos) ^ _pcg(np.uint32(sampling.seed))))
     uniform = ((hashed >> np.uint32(9)) + 0.5) * 2.0**-23
     scores = np.full(logits.size, -np.inf)
-    support = sampling_support(logits, sampling)
-    noisy = logits.astype(np.float64) / sampling.temperature - np.log(-np.log(uniform))
-    scores[support] = noisy[support]
+    scaled = logits[support].astype(np.float64) / sampling.temperature
+    scores[support] = scaled - np.log(-np.log(uniform))
     return scores
 
 

@@ -221,6 +221,8 @@ class Worker:
                 if not answer.n_tokens:
                     began = self._entries[answer].began
                     self._metrics.first_token.observe(time.monotonic() - began)
+                    answer.n_reused = sequence.reused_tokens
+                    self._metrics.reused_tokens.inc(sequence.reused_tokens)
                 try:
                     answer.push(token)
                 except EngineError as error:  # a token that its own tokenizer cannot decode
