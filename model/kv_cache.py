@@ -2,8 +2,9 @@
 
 Rounding to f16 turns differences of f32 rounding into differences of f16 rounding wherever a value
 lies near a boundary: enough, through 30 layers, to move a logit by 0.01. An exact mode cannot have
-that. Integers have a scale for each head and position. Keys take 8 bits wherever values take 4: a
-few of their channels are much larger than the rest, and in 4 bits the rest would be lost.
+that. Integers have a scale for each head and position, in 4 bits for each half of it. Keys take 8
+bits wherever values take 4: a few of their channels are much larger than the rest, and in 4 bits
+the rest would be lost.
 
 One sequence alone has its positions in order. Of several at once each has blocks of BLOCK positions
 wherever there was room, and a table of them (engine/blocks.py, shaders/shared/pages.wgsl).
@@ -26,6 +27,7 @@ BLOCK = 16  # positions; shaders/shared/pages.wgsl
 
 # Bits of keys and of values, by the name of the kind.
 KINDS = {"f32": (32, 32), "f16": (16, 16), "int8": (8, 8), "int4": (8, 4)}
+_SCALES = {8: 1, 4: 2}  # of a head's position, by bits
 
 
 def half_padded(config: ModelConfig) -> int:
@@ -36,7 +38,8 @@ def half_padded(config: ModelConfig) -> int:
 @dataclass(frozen=True)
 class KVCache:
     """Per layer one buffer each for keys and values, of whole blocks: u32 (n_kv_heads, max_pos,
-    words), and of integers f32 scales (n_kv_heads, max_pos); shaders/shared/cache.wgsl.
+    words), and of integers f32 scales, (n_kv_heads, max_pos) or for the halves of heads
+    (n_kv_heads, max_pos, 2); shaders/shared/cache.wgsl.
     """
 
     kind: str
@@ -59,7 +62,7 @@ class KVCache:
     @staticmethod
     def buffer_bytes(config: ModelConfig, max_pos: int, bits: int) -> int:
         """Of a layer's keys or values, in so many bits."""
-        words = _words(half_padded(config), bits) + (bits < 16)
+        words = _words(half_padded(config), bits) + _SCALES.get(bits, 0)
         return 4 * config.n_kv_heads * _whole_blocks(max_pos) * words
 
     @classmethod
@@ -101,9 +104,9 @@ class KVCache:
             for part, buffer, bits in zip(("keys", "values"), pair, KINDS[self.kind], strict=True):
                 words = _words(self.half_padded, bits)
                 yield f"layers.{i}.{part}", buffer, 0, (words,)
-                if bits < 16:
-                    scales = self.n_kv_heads * self.max_pos * words
-                    yield f"layers.{i}.{part}_scale", buffer, scales, ()
+                if n_scales := _SCALES.get(bits):
+                    first = self.n_kv_heads * self.max_pos * words
+                    yield f"layers.{i}.{part}_scale", buffer, first, (n_scales,)
 
 
 def _words(half_padded: int, bits: int) -> int:

@@ -126,8 +126,8 @@ def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int
 
 
 def quantize_cache(x: Floats, bits: int) -> tuple[Integers, Floats]:
-    """Heads (..., head_dim) as the cache keeps them in 8 or 4 bits: integers, and their scale
-    (...): the largest of a head is 127 or 7 of it.
+    """Heads (..., head_dim) as the cache keeps them in 8 bits, or halves of them in 4: integers,
+    and their scale (...): the largest is 127 or 7 of it.
     """
     top = (1 << (bits - 1)) - 1
     scale = np.max(np.abs(x), axis=-1) / x.dtype.type(top)
@@ -139,8 +139,9 @@ def cached(x: Floats, bits: int) -> Floats:
     """What a cache of so many bits gives back of heads (..., head_dim); above 8 all of it."""
     if bits > 8:
         return x
-    q, scale = quantize_cache(x, bits)
-    return q.astype(x.dtype) * scale[..., None]
+    parts = x.reshape(*x.shape[:-1], 2 if bits == 4 else 1, -1)
+    q, scale = quantize_cache(parts, bits)
+    return (q.astype(x.dtype) * scale[..., None]).reshape(x.shape)
 
 
 def attention(

@@ -88,22 +88,17 @@ fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
       k = rotated(projected(source, params.n_heads + kv_head, i), pos, i);
       v = projected(source, params.n_heads + params.n_kv_heads + kv_head, i);
     }
-    var largest_k = 0.0;
-    var largest_v = 0.0;
+    var most = vec3<f32>(0.0);
     if (min(key_bits, value_bits) < 16u) {
-      maxima[lane] = largest_of(k);
-      group_sum[lane] = largest_of(v);
+      weights[lane] = vec4<f32>(largest_of(k, v), 0.0);
       workgroupBarrier();
-      for (var n = lane - i; n < min(lane - i + quads, lanes); n++) {
-        largest_k = max(largest_k, maxima[n]);
-        largest_v = max(largest_v, group_sum[n]);
-      }
+      for (var n = lane - i; n < min(lane - i + quads, lanes); n++) { most = max(most, weights[n].xyz); }
       workgroupBarrier();
     }
     if (is_mine) {
       let row = kv_head * params.max_pos + cache_position(source, pos);
-      store_key(row, i, k, largest_k);
-      store_value(row, i, v, largest_v);
+      store_key(row, i, k, most.x);
+      store_value(row, i, v, most.yz);
     }
   }
 }
@@ -207,8 +202,8 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
         let v = value(row, quad);
         let scaled_weight = weight * value_scale(row);
         sum += weight;
-        lo += scaled_weight * v.lo;
-        hi += scaled_weight * v.hi;
+        lo += scaled_weight.x * v.lo;
+        hi += scaled_weight.y * v.hi;
       }
     }
     workgroupBarrier();

@@ -48,7 +48,7 @@ var<workgroup> tile: array<vec4<f32>, row_quads>;     // keys (quads, POSITIONS)
 var<workgroup> weights: array<vec4<f32>, 256>;        // (POSITIONS, ROW_GROUPS)
 var<workgroup> maxima: array<vec4<f32>, LANES>;       // (COLUMNS, ROW_GROUPS)
 
-struct Fetched { packed: vec4<u32>, scale: f32 }
+struct Fetched { packed: vec4<u32>, scale: vec2<f32> }
 struct Four { a: Fetched, b: Fetched, c: Fetched, d: Fetched }  // what a lane has on its way
 
 // Quad i of a tile is this one of a row; positions beyond the last are read as the last one and get no weight.
@@ -57,7 +57,7 @@ fn value_quad(i: u32) -> u32 { return i % half_quads; }
 
 fn fetch_key(kv_head: u32, first: u32, last: u32, i: u32) -> Fetched {
   let row = cache_row(kv_head, min(first + i % POSITIONS, last));
-  return Fetched(k_cache[vector_at(row, key_quad(i), key_bits)], key_scale(row));
+  return Fetched(k_cache[vector_at(row, key_quad(i), key_bits)], vec2<f32>(key_scale(row)));
 }
 
 fn fetch_value(kv_head: u32, first: u32, last: u32, i: u32) -> Fetched {
@@ -86,8 +86,8 @@ fn values(kv_head: u32, first: u32, last: u32, lane: u32) -> Four {
 fn keep_key(i: u32, fetched: Fetched) {
   if (i < POSITIONS * half_quads) {
     let k = unpack(fetched.packed, key_quad(i), key_bits);
-    tile[i] = k.lo * fetched.scale;  // (quads, POSITIONS): i is quad * POSITIONS + position
-    tile[i + half_quads * POSITIONS] = k.hi * fetched.scale;
+    tile[i] = k.lo * fetched.scale.x;  // (quads, POSITIONS): i is quad * POSITIONS + position
+    tile[i + half_quads * POSITIONS] = k.hi * fetched.scale.y;
   }
 }
 
@@ -95,8 +95,8 @@ fn keep_value(i: u32, fetched: Fetched) {
   if (i < POSITIONS * half_quads) {
     let v = unpack(fetched.packed, value_quad(i), value_bits);
     let at = i / half_quads * 2u * half_quads + i % half_quads;
-    tile[at] = v.lo * fetched.scale;
-    tile[at + half_quads] = v.hi * fetched.scale;
+    tile[at] = v.lo * fetched.scale.x;
+    tile[at + half_quads] = v.hi * fetched.scale.y;
   }
 }
 

@@ -53,9 +53,11 @@ fn score(q: Four, kv_head: u32, pos: u32, quad: u32) -> vec4<f32> {
 fn add(m: ptr<function, Four>, weight: vec4<f32>, kv_head: u32, pos: u32, quad: u32) {
   let row = cache_row(kv_head, pos);
   let v = value(row, quad);
-  let w = weight * value_scale(row);
-  (*m).lo += mat4x4<f32>(v.lo.x * w, v.lo.y * w, v.lo.z * w, v.lo.w * w);
-  (*m).hi += mat4x4<f32>(v.hi.x * w, v.hi.y * w, v.hi.z * w, v.hi.w * w);
+  let scale = value_scale(row);
+  let lo = v.lo * scale.x;
+  let hi = v.hi * scale.y;
+  (*m).lo += mat4x4<f32>(lo.x * weight, lo.y * weight, lo.z * weight, lo.w * weight);
+  (*m).hi += mat4x4<f32>(hi.x * weight, hi.y * weight, hi.z * weight, hi.w * weight);
 }
 
 fn visible(pos: u32, own: vec4<u32>, seen_from: vec4<u32>) -> vec4<bool> {

@@ -27,7 +27,7 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> blocks: array<u32>;  // (blocks_per_table,)
 
-var<workgroup> largest: array<vec2<f32>, LANES>;  // of the lane's keys, of its values
+var<workgroup> sizes: array<vec3<f32>, LANES>;
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) quad: u32, @builtin(workgroup_id) group: vec3<u32>) {
@@ -42,15 +42,15 @@ fn main(@builtin(local_invocation_index) quad: u32, @builtin(workgroup_id) group
     k = rotated(projected(token, params.n_heads + kv_head, quad), pos, quad);
     v = projected(token, params.n_heads + params.n_kv_heads + kv_head, quad);
   }
-  var of_all = vec2<f32>(0.0);
+  var most = vec3<f32>(0.0);
   if (min(key_bits, value_bits) < 16u) {
-    largest[quad] = vec2<f32>(largest_of(k), largest_of(v));
+    sizes[quad] = largest_of(k, v);
     workgroupBarrier();
-    for (var i = 0u; i < quads; i++) { of_all = max(of_all, largest[i]); }
+    for (var i = 0u; i < quads; i++) { most = max(most, sizes[i]); }
   }
   if (quad < quads) {
     let row = cache_row(kv_head, pos);
-    store_key(row, quad, k, of_all.x);
-    store_value(row, quad, v, of_all.y);
+    store_key(row, quad, k, most.x);
+    store_value(row, quad, v, most.yz);
   }
 }

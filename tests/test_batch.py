@@ -346,6 +346,25 @@ def test_what_is_refused(build: Callable[..., Engine], file: WeightsFile) -> Non
         Engine(file, engine.device, context=96, cache_positions=95)
 
 
+def test_weights_without_loss(
+    tmp_path: Path, tiny_config: ModelConfig, prompts: list[list[int]]
+) -> None:
+    """Their kernels have f32 activations, and there are no passes for prompts."""
+    path = tmp_path / "model.safetensors"
+    convert(random_source(tiny_config), path, "lossless", progress=False)
+    device = Device.open()
+    device.software = True
+    engine = Engine(WeightsFile.open(path), device, context=64)
+    want = [alone(engine, prompt, 6, SAMPLED[1]) for prompt in prompts[:3]]
+    batch = Batch(engine, 20)
+    assert batch.max_sequences == 16
+    sequences = [
+        batch.add(prompt, max_tokens=6, sampling=SAMPLED[1], stop_ids=()) for prompt in prompts[:3]
+    ]
+    finish(batch)
+    assert [sequence.tokens for sequence in sequences] == want
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_sliding", "smollm3"])
 def test_what_families_add(tmp_path: Path, family: str) -> None:
     """Biases, norms of heads, windows, layers without RoPE: as the engine alone has them."""

@@ -21,7 +21,8 @@ def test_integers_are_the_nearest() -> None:
     """The twin's own arithmetic, on a case small enough to see."""
     heads = np.array([[[127.0, -1.4, 0.6, 0.0], [0.0, 0.0, 0.0, 0.0]]])
     assert (cached(heads, 8) == [[[127, -1, 1, 0], [0, 0, 0, 0]]]).all()
-    assert (cached(heads / 127 * 7, 4) == [[[7, 0, 0, 0], [0, 0, 0, 0]]]).all()
+    assert (cached(heads[..., [0, 1, 2, 2]] / 127 * 7, 4)[0, 0, :2] == [7, 0]).all()
+    assert (cached(heads, 4)[0, 0, 2:] == [0.6, 0]).all()  # halves by themselves
     assert cached(heads, 16) is heads
 
 
@@ -38,8 +39,8 @@ def test_logits_against_the_oracle(file: WeightsFile, adapter: str, cache: str) 
     engine._model.prompt.min_tokens = 9
     plain = Engine(file, device, context=CONTEXT)
     sizes = engine.memory().cache_bytes, plain.memory().cache_bytes
-    # Words of a key and a value of 16 elements: 8 and 8; or 4 and 4, the least, and two scales.
-    assert sizes[0] / sizes[1] == 10 / 16
+    # Words of a key and a value of 16 elements: 8 and 8; or 4 and 4, the least, and their scales.
+    assert sizes[0] / sizes[1] == (10 if cache == "int8" else 11) / 16
 
     text = np.random.default_rng(5).integers(3, 97, 70).tolist()
     options = {"cache_dtype": np.float32, "cache_bits": KINDS[cache]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,13 @@ def test_product_in_parts_is_the_product(
     rows: int, monkeypatch: pytest.MonkeyPatch, assert_close: AssertClose
 ) -> None:
     monkeypatch.setattr(sample, "_SMALL", 8 * 70 * 5)
+    monkeypatch.setattr(sample, "_SHARED", 0)
     rng = np.random.default_rng(4)
     w, x = rng.normal(size=(rows, 70)), rng.normal(size=(5, 70))
-    found = sample.product(w, x)
-    assert found.shape == (5, rows)
-    assert_close(found, x @ w.T, 70 * 2.0**-53 * (np.abs(x) @ np.abs(w.T)))
+    with ThreadPoolExecutor(3) as pool:
+        found = [sample.product(w, x, pool, ways) for ways in (0, 1, 2, 5, 40)]
+    assert_close(found[0], x @ w.T, 70 * 2.0**-53 * (np.abs(x) @ np.abs(w.T)))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
 def test_samples_are_the_same_on_any_number_of_cores(
@@ -60,6 +63,8 @@ def test_samples_are_the_same_on_any_number_of_cores(
 ) -> None:
     source = tiny_source(tmp_path, CONFIG)
     monkeypatch.setattr(sample, "_TEXTS", 2)
+    monkeypatch.setattr(sample, "_SMALL", 1)  # parts of 8 rows,
+    monkeypatch.setattr(sample, "_SHARED", 0)  # and with 7 cores two to each text
     found = []
     for n_cores in (1, 2, 7):
         monkeypatch.setattr("os.cpu_count", lambda n=n_cores: n)
@@ -95,6 +100,23 @@ def test_sampling_tells_its_progress(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, CONFIG)
     sample_tokens(source, 17, 20, progress=lambda *step: steps.append(step))  # 16 texts and one
     assert sorted(steps) == [(step, 38) for step in range(1, 39)]
+
+
+def test_sampling_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error where one text is written, as Ctrl-C is one, ends the others too."""
+    monkeypatch.setattr(sample, "_TEXTS", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    steps = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal steps
+        steps = done
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_tokens(tiny_source(tmp_path, CONFIG), 40, 60, progress=progress)
+    assert steps < 40 * 59 // 4
 
 
 @pytest.mark.parametrize(

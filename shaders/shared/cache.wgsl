@@ -1,11 +1,12 @@
 // Keys and values as the cache holds them, a row for each head and position: quads of pairs (pairs.wgsl stands beside), in
 // vectors of four u32. In 32 bits an element is an f32, all elements i of the row before all i + head_dim / 2; in 16 bits a
-// pair is a u32. In 8 and 4 bits elements are integers, a vector has two quads or four, and behind all rows there is an f32
-// for each, its scale: the row's largest element is 127 or 7 of it (in 4 bits: of 16 times it, see unpack).
+// pair is a u32. In 8 and 4 bits elements are integers, a vector has two quads or four, and behind all rows there are their
+// scales: in 8 bits an f32, the row's largest element is 127 of it; in 4 bits, which only values may have, one for each half
+// of the head, whose largest is 7 times 16 of it (see unpack).
 // The importer provides  k_cache, v_cache: array<vec4<u32>>,  params.n_kv_heads, params.max_pos, params.half_padded.
 
-override key_bits: u32;
-override value_bits: u32;
+override key_bits: u32;    // 32, 16, 8
+override value_bits: u32;  // or 4
 
 fn row_vectors(bits: u32) -> u32 { return (params.half_padded / 4u * bits + 15u) / 16u; }
 
@@ -54,12 +55,9 @@ fn key_scale(row: u32) -> f32 {
   return bitcast<f32>(k_cache[first_scale(key_bits) + (row >> 2u)][row & 3u]);
 }
 
-fn value_scale(row: u32) -> f32 {
-  if (value_bits >= 16u) { return 1.0; }
-  return bitcast<f32>(v_cache[first_scale(value_bits) + (row >> 2u)][row & 3u]);
-}
-
-fn largest_of(x: Pair) -> f32 {
-  let size = max(abs(x.lo), abs(x.hi));
-  return max(max(size.x, size.y), max(size.z, size.w));
+fn value_scale(row: u32) -> vec2<f32> {  // of elements i, of i + head_dim / 2
+  if (value_bits >= 16u) { return vec2<f32>(1.0); }
+  if (value_bits == 8u) { return vec2<f32>(bitcast<f32>(v_cache[first_scale(8u) + (row >> 2u)][row & 3u])); }
+  let two = v_cache[first_scale(4u) + (row >> 1u)];
+  return bitcast<vec2<f32>>(select(two.xy, two.zw, (row & 1u) == 1u));
 }

@@ -9,22 +9,20 @@ fn pack_f16(x: Pair) -> vec4<u32> {
   );
 }
 
-struct Packed {
-  words: vec2<u32>,  // in 4 bits the first one
-  scale: f32,
+// What a lane's pairs say of the scales of their row: the largest key, and of either half the largest value.
+fn largest_of(k: Pair, v: Pair) -> vec3<f32> {
+  return vec3<f32>(largest(max(abs(k.lo), abs(k.hi))), largest(abs(v.lo)), largest(abs(v.hi)));
 }
 
-fn pack(x: Pair, largest: f32, bits: u32) -> Packed {
-  let top = select(127.0, 7.0, bits == 4u);
-  let inverse = select(0.0, top / largest, largest > 0.0);
-  let lo = pack4xI8(vec4<i32>(round(x.lo * inverse)));
-  let hi = pack4xI8(vec4<i32>(round(x.hi * inverse)));
-  if (bits == 8u) { return Packed(vec2<u32>(lo, hi), largest / top); }
-  return Packed(vec2<u32>((lo & 0x0F0F0F0Fu) | ((hi & 0x0F0F0F0Fu) << 4u), 0u), largest / (16.0 * top));
+fn largest(x: vec4<f32>) -> f32 { return max(max(x.x, x.y), max(x.z, x.w)); }
+
+// The nearest integers, of which `top` stands for `most`.
+fn integers(x: vec4<f32>, most: f32, top: f32) -> u32 {
+  return pack4xI8(vec4<i32>(round(x * select(0.0, top / most, most > 0.0))));
 }
 
-// `largest`: of the row's elements; only what is kept in 8 or 4 bits asks for it.
-fn store_key(row: u32, quad: u32, x: Pair, largest: f32) {
+// `most`: the largest of the row's keys; only integers ask for it, here and below.
+fn store_key(row: u32, quad: u32, x: Pair, most: f32) {
   let at = vector_at(row, quad, key_bits);
   if (key_bits == 32u) {
     k_cache[at] = bitcast<vec4<u32>>(x.lo);
@@ -32,32 +30,33 @@ fn store_key(row: u32, quad: u32, x: Pair, largest: f32) {
   } else if (key_bits == 16u) {
     k_cache[at] = pack_f16(x);
   } else {
-    let p = pack(x, largest, key_bits);
-    if (key_bits == 8u) {
-      k_cache[at][2u * (quad & 1u)] = p.words.x;
-      k_cache[at][2u * (quad & 1u) + 1u] = p.words.y;
-    } else {
-      k_cache[at][quad & 3u] = p.words.x;
-    }
-    if (quad == 0u) { k_cache[first_scale(key_bits) + (row >> 2u)][row & 3u] = bitcast<u32>(p.scale); }
+    k_cache[at][2u * (quad & 1u)] = integers(x.lo, most, 127.0);
+    k_cache[at][2u * (quad & 1u) + 1u] = integers(x.hi, most, 127.0);
+    if (quad == 0u) { k_cache[first_scale(8u) + (row >> 2u)][row & 3u] = bitcast<u32>(most / 127.0); }
   }
 }
 
-fn store_value(row: u32, quad: u32, x: Pair, largest: f32) {
+// `most`: of the values of either half.
+fn store_value(row: u32, quad: u32, x: Pair, most: vec2<f32>) {
   let at = vector_at(row, quad, value_bits);
   if (value_bits == 32u) {
     v_cache[at] = bitcast<vec4<u32>>(x.lo);
     v_cache[at + params.half_padded / 4u] = bitcast<vec4<u32>>(x.hi);
   } else if (value_bits == 16u) {
     v_cache[at] = pack_f16(x);
+  } else if (value_bits == 8u) {
+    let both = max(most.x, most.y);
+    v_cache[at][2u * (quad & 1u)] = integers(x.lo, both, 127.0);
+    v_cache[at][2u * (quad & 1u) + 1u] = integers(x.hi, both, 127.0);
+    if (quad == 0u) { v_cache[first_scale(8u) + (row >> 2u)][row & 3u] = bitcast<u32>(both / 127.0); }
   } else {
-    let p = pack(x, largest, value_bits);
-    if (value_bits == 8u) {
-      v_cache[at][2u * (quad & 1u)] = p.words.x;
-      v_cache[at][2u * (quad & 1u) + 1u] = p.words.y;
-    } else {
-      v_cache[at][quad & 3u] = p.words.x;
+    let lo = integers(x.lo, most.x, 7.0) & 0x0F0F0F0Fu;
+    let hi = integers(x.hi, most.y, 7.0) & 0x0F0F0F0Fu;
+    v_cache[at][quad & 3u] = lo | (hi << 4u);
+    if (quad == 0u) {
+      let scales = bitcast<vec2<u32>>(most / (16.0 * 7.0));
+      v_cache[first_scale(4u) + (row >> 1u)][2u * (row & 1u)] = scales.x;
+      v_cache[first_scale(4u) + (row >> 1u)][2u * (row & 1u) + 1u] = scales.y;
     }
-    if (quad == 0u) { v_cache[first_scale(value_bits) + (row >> 2u)][row & 3u] = bitcast<u32>(p.scale); }
   }
 }

@@ -5,10 +5,14 @@ Needs the whole model in float32 in memory, as nothing else here does.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, cycle
+from threading import Event
 from typing import Self
 
 import numpy as np
@@ -16,10 +20,9 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from model.config import ModelConfig
-from model.reference import Floats, Integers, embed, rms_norm
-from weights.calibration.layer import Layer, activate, output
+from model.reference import Floats, Integers, embed, matvec, rms_norm
+from weights.calibration.layer import Layer, Product, activate, output
 from weights.layout import EMBEDDING, HEAD
-from weights.parallel import in_order
 from weights.sources import Source
 
 Tokens = npt.NDArray[np.int64]
@@ -29,6 +32,7 @@ _DRAW_BLOCK = 256  # tokens of a vocabulary whose probabilities are summed first
 # Of fewer, reading the weights is most of the work.
 _TEXTS = 16
 _SMALL = 10**6
+_SHARED = 1 << 22  # weights of a matrix that are worth several cores
 
 
 def sample_tokens(
@@ -63,11 +67,14 @@ def sample_tokens(
     uniform = rng.random((length, n_sequences))
     weights, steps_done = DenseLlama.read(source), count(1)
     groups = [slice(begin, begin + _TEXTS) for begin in range(0, n_sequences, _TEXTS)]
+    n_cores, stopped = os.cpu_count() or 1, Event()
 
     def write(group: slice) -> None:
         texts = tokens[group]  # (texts, length), a view
-        model = BatchedLlama(c, weights, len(texts), length)
+        model = BatchedLlama(c, weights, len(texts), length, spread)
         for pos in range(1, length):
+            if stopped.is_set():
+                return
             logits = model.step(texts[:, pos - 1])
             logits /= temperature
             drawn = draw(softmax(logits), uniform[pos, group])
@@ -75,8 +82,17 @@ def sample_tokens(
             if progress is not None:
                 progress(next(steps_done), len(groups) * (length - 1))
 
-    with threadpool_limits(1, "blas"):  # threads of threads would wait for cores
-        deque(in_order(write, groups), maxlen=0)
+    # Threads of BLAS would wait for cores.
+    with (
+        threadpool_limits(1, "blas"),
+        ThreadPoolExecutor(n_cores) as helpers,
+        ThreadPoolExecutor(n_cores) as writers,
+    ):
+        spread = partial(product, pool=helpers, ways=n_cores // len(groups))
+        try:
+            deque(writers.map(write, groups), maxlen=0)
+        finally:
+            stopped.set()  # after Ctrl-C no text is written to its end
     return tokens
 
 
@@ -109,9 +125,11 @@ class BatchedLlama:
         weights: DenseLlama,
         batch: int,
         length: int,
+        product: Product = matvec,
     ) -> None:
         self._config = config
         self._weights = weights
+        self._product = product
         self.pos = 0  # tokens of each text that it has read
         shape = (config.n_layers, length, batch * config.n_kv_heads, config.head_dim)
         self._k_cache = np.empty(shape, weights.norm.dtype)
@@ -122,25 +140,31 @@ class BatchedLlama:
         c, w = self._config, self._weights
         x = embed(w.embedding, token_ids)
         for layer, k_cache, v_cache in zip(w.layers, self._k_cache, self._v_cache, strict=True):
-            activations = activate(c, layer, x, k_cache, v_cache, self.pos, product)
-            x = output(layer, activations, product)
+            activations = activate(c, layer, x, k_cache, v_cache, self.pos, self._product)
+            x = output(layer, activations, self._product)
         self.pos += 1
-        return product(w.head, rms_norm(x, w.norm, c.norm_eps))
+        return self._product(w.head, rms_norm(x, w.norm, c.norm_eps))
 
 
-def product(w: Floats, x: Floats) -> Floats:
-    """`matvec` for few tokens x (tokens, cols), by parts of W.
+def product(w: Floats, x: Floats, pool: ThreadPoolExecutor, ways: int) -> Floats:
+    """`matvec` for few tokens x (tokens, cols), by parts of W, on so many cores.
 
     OpenBLAS first copies what it multiplies, which here would be most of the work, but for small
-    products: of up to 10^6 terms.
+    products: of up to 10^6 terms. The parts are the same on any number of cores.
     """
     rows, cols = w.shape
     columns = np.ascontiguousarray(x.T)  # (cols, tokens)
     y = np.empty((rows, len(x)), x.dtype)
     part = max(8, _SMALL // columns.size)  # rows
     whole = rows - rows % part
-    parts = w[:whole].reshape(-1, part, cols)
-    np.matmul(parts, columns, out=y[:whole].reshape(-1, part, len(x)))
+    parts, y_parts = w[:whole].reshape(-1, part, cols), y[:whole].reshape(-1, part, len(x))
+
+    def work(begin: int) -> None:
+        np.matmul(parts[begin : begin + step], columns, out=y_parts[begin : begin + step])
+
+    step = max(1, -(-len(parts) // ways) if ways > 1 and w.size >= _SHARED else len(parts))
+    begins = range(0, len(parts), step)
+    deque(pool.map(work, begins) if len(begins) > 1 else map(work, begins), maxlen=0)
     np.matmul(w[whole:], columns, out=y[whole:])
     return np.ascontiguousarray(y.T)
 
