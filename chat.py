@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 name,
                 exact=args.exact,
                 context=args.context,
+                cache=args.cache,
                 adapter=args.adapter,
                 bits=args.bits if own else None,
                 draft=args.draft if own else None,

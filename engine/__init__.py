@@ -1,13 +1,14 @@
-"""The engine. `from engine import Engine, Sampling` is all that a program needs."""
+"""The engine. `from engine import Batch, Engine, Sampling` is all that a program needs."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.batch import Batch as Batch
     from engine.generate import Engine as Engine
     from engine.generate import Generation as Generation
     from engine.sampler import Sampling as Sampling
 
-__all__ = ["Engine", "Generation", "Sampling"]
+__all__ = ["Batch", "Engine", "Generation", "Sampling"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from engine import generate
 
         return getattr(generate, name)
+    if name == "Batch":
+        from engine.batch import Batch
+
+        return Batch
     if name == "Sampling":
         from engine.sampler import Sampling
 

@@ -71,7 +71,7 @@ class Batch:
     """Sequences of one engine, up to `max_sequences` at once; more wait for their turn.
 
     The engine's cache is theirs: while there are any, the engine generates nothing else. Models
-    without passes for prompts (exact activations, no loss, attention windows) run 16 at once.
+    without passes for prompts (exact activations, no loss) run 16 at once.
     `matvec_rows`: rows up to which weights are multiplied where they are decoded.
     """
 
@@ -81,8 +81,20 @@ class Batch:
         if not 1 <= max_sequences <= MOST_ROWS:
             raise EngineError(f"max_sequences is {max_sequences}, expected 1 to {MOST_ROWS}")
         self._engine, self._model = engine, engine._model
-        engine._begin_batch(self)
-        device = engine.device
+        engine._stop_active()
+        with engine.device.errors():
+            self._allocate(max_sequences, matvec_rows)
+        self._blocks = Blocks(self._model.cache.n_blocks)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in the order in which they joined
+        self._pending: deque[_Submitted] = deque()
+        self._chained = False  # the rows on the GPU are those that run, and continue by themselves
+        self._tables_written = False
+        self._n_steps = 0  # submitted since the rows were written
+        engine._batch = self
+
+    def _allocate(self, max_sequences: int, matvec_rows: int) -> None:
+        engine, device = self._engine, self._engine.device
         before = device.allocated_bytes
         self._rows = Rows(self._model, max_sequences, matvec_rows)
         self._sampler = BatchSampler(
@@ -101,13 +113,6 @@ class Batch:
         self._logits_bytes = 0
         self.scratch_bytes = device.allocated_bytes - before
         self.max_sequences = self._rows.most
-        self._blocks = Blocks(self._model.cache.n_blocks)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in the order in which they joined
-        self._pending: deque[_Submitted] = deque()
-        self._chained = False  # the rows on the GPU are those that run, and continue by themselves
-        self._tables_written = False
-        self._n_steps = 0  # submitted since the rows were written
 
     @property
     def busy(self) -> bool:
@@ -154,6 +159,10 @@ class Batch:
         There may be several of a sequence: one of each step that was submitted with others. Where
         it has ended, its `finished` says so.
         """
+        with self._engine.device.errors():
+            return self._step()
+
+    def _step(self) -> list[tuple[Sequence, int]]:
         self._admit()
         if self._pending and not self._chained:
             return self._collect()
@@ -165,7 +174,7 @@ class Batch:
 
     def _admit(self) -> None:
         """Let those in who wait, in their order, as long as there are rows and blocks."""
-        if not self._waiting:
+        if not self._waiting or len(self._running) == self.max_sequences:
             return
         if not self._running:
             self._engine._claim_cache()
@@ -188,7 +197,7 @@ class Batch:
 
     def _keep(self, sequence: Sequence) -> None:
         assert sequence._table is not None
-        self._blocks.keep(sequence._table, sequence._text[: sequence._n_read])
+        self._blocks.keep(sequence._table, sequence._text, sequence._n_read)
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence._table is not None

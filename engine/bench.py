@@ -33,7 +33,7 @@ from engine.bench_kernels import SHAPES, bench_kernels
 from engine.bench_kernels import markdown as kernels_markdown
 from engine.device import Device
 from engine.errors import EngineError
-from engine.generate import DEFAULT_CONTEXT, Engine, Stats
+from engine.generate import CACHES, DEFAULT_CONTEXT, Engine, Stats
 from engine.profile import markdown as profile_markdown
 from engine.profile import profile
 from weights.bits import parse_bits
@@ -228,6 +228,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "bits_per_weight_blocks": engine.weights.bits_per_weight(block_only=True),
         "bits_per_weight_file": engine.weights.bits_per_weight(block_only=False),
         "activations": activations,
+        "cache": engine.cache.kind,
         "context": engine.context,
         "device_bytes": engine.memory().total_bytes,
         "adapter": engine.adapter_name,
@@ -301,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--depth", type=int, nargs="*", default=[0], metavar="N", help="tokens before them (0)")
     add("--repeats", type=int, default=5, metavar="N", help="runs per row (%(default)s)")
     add("--context", type=int, metavar="N", help="positions to make room for")
+    add("--cache", choices=CACHES, default="f16", help="what is kept of each position (f16)")
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
     add("--speculation", action="store_true", help="tasks with and without guessed tokens")
@@ -361,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _open(a: argparse.Namespace) -> Engine:
     options: dict[str, Any] = dict(
-        exact=a.exact, context=a.context, adapter=a.adapter, draft=a.draft
+        exact=a.exact, context=a.context, cache=a.cache, adapter=a.adapter, draft=a.draft
     )
     if a.batch:  # the default context may be more than they need
         needed = positions(max(a.batch), a.tg[0])

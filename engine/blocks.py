@@ -72,9 +72,9 @@ class Blocks:
             table.blocks.append(block)
         return True
 
-    def keep(self, table: Table, tokens: Sequence[int]) -> None:
-        """The cache holds these, its sequence's first ones: its full blocks may be shared."""
-        for i in range(len(table.serials), len(tokens) // BLOCK):
+    def keep(self, table: Table, tokens: Sequence[int], n_read: int) -> None:
+        """The cache holds the first `n_read` of its tokens: full blocks may be shared."""
+        for i in range(len(table.serials), n_read // BLOCK):
             serial = table.serials[-1] if i else 0
             key = serial, tuple(tokens[i * BLOCK : (i + 1) * BLOCK])
             if key not in self._known:  # otherwise another block holds the same, and is known

@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +24,7 @@ from rich.progress import Progress
 
 from engine.compare import Logits, Model, compare
 from engine.errors import EngineError
-from engine.generate import Engine
+from engine.generate import CACHES, Engine
 from engine.report import Row, as_json, as_markdown
 from engine.tokenizer import Tokenizer
 from model.reference import Reference
@@ -74,6 +75,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
+    add("--cache", choices=CACHES, default="f16", help="what is kept of each position (f16)")
     add(
         "--activations",
         action="store_true",
@@ -120,9 +122,9 @@ def _evaluate(a: argparse.Namespace, text: str) -> list[Row]:
         print(short, file=sys.stderr)
 
     asked = [(model, bits) for model in a.models for bits in a.bits or [None]]
-    options = {"context": a.window, "adapter": a.adapter}
+    options: dict[str, Any] = {"context": a.window, "adapter": a.adapter}
     files = [path for model in a.models for path in resolve_each(model, a.bits or [None])]
-    engines = [Engine.open(path, exact=a.exact, **options) for path in files]
+    engines = [Engine.open(path, exact=a.exact, cache=a.cache, **options) for path in files]
     for (model, _), engine in zip(asked, engines, strict=True):
         if complaint := _difference(engine, reference.config.vocab_size, text, token_ids):
             raise EngineError(

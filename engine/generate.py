@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,10 +12,10 @@ import numpy as np
 from engine.batch import Batch
 from engine.batch import Sequence as BatchSequence
 from engine.device import Device, Readback
-from engine.errors import EngineError, OutOfMemoryError
+from engine.errors import DeviceLostError, EngineError, OutOfMemoryError
 from engine.generation import Generation, Stats
 from engine.kernel import Dispatch
-from engine.memory import Memory, check_room, no_room, planned
+from engine.memory import Memory, cache_kind, check_room, no_room, planned
 from engine.plan import Plan, encode, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
@@ -28,6 +29,7 @@ from weights.cache import resolve
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096
+CACHES = "f16", "int8", "int4"
 
 
 __all__ = ["Engine", "Generation", "Memory", "Stats"]
@@ -43,6 +45,7 @@ class Engine:
         *,
         exact: bool = False,
         context: int | None = None,
+        cache: str = "f16",
         cache_positions: int | None = None,
         draft: WeightsFile | None = None,
         announce: Callable[[Engine, Memory], None] | None = None,
@@ -64,23 +67,32 @@ class Engine:
             raise EngineError(
                 f"cache_positions is {positions}, expected at least the context, {self.context}"
             )
+        if cache not in CACHES:
+            raise EngineError(f"cache is {cache!r}, expected one of {', '.join(CACHES)}")
+        if exact and cache != "f16":
+            raise EngineError(f"exact activations keep their cache in f32, not in {cache}")
         if draft is not None:
             self._check_draft(draft)
             draft_context = min(self.context, draft.config.max_seq_len)
-        check_room(weights, device, self.context, exact, positions)
+        check_room(weights, device, self.context, exact, cache, positions)
         if announce is not None:
-            plan = planned(weights, device, self.context, exact, positions)
+            plan = planned(weights, device, self.context, exact, cache, positions)
             if draft is not None:
-                plan += planned(draft, device, draft_context, exact)
+                plan += planned(draft, device, draft_context, exact, cache)
             announce(self, plan)
         before = device.allocated_bytes
         try:
             self._model = Llama(
-                device, weights, self.context, exact=exact, cache_positions=positions
+                device,
+                weights,
+                self.context,
+                exact=exact,
+                cache=cache_kind(exact, cache),
+                cache_positions=positions,
             )
         except OutOfMemoryError as error:
             room = device.allocated_bytes - before  # what it gave till then
-            raise no_room(weights, device, self.context, exact, room, positions) from error
+            raise no_room(weights, device, self.context, exact, room, cache, positions) from error
         weights.release_pages()  # they are on the device now
         self._sampler = Sampler(
             self._model.kernels,
@@ -111,7 +123,7 @@ class Engine:
         self._draft: Engine | None = None
         self._draft_chance = Chance(1.2)
         if draft is not None:
-            self._draft = Engine(draft, device, exact=exact, context=draft_context)
+            self._draft = Engine(draft, device, exact=exact, context=draft_context, cache=cache)
 
     @classmethod
     def open(
@@ -120,6 +132,7 @@ class Engine:
         *,
         exact: bool = False,
         context: int | None = None,
+        cache: str = "f16",
         cache_positions: int | None = None,
         adapter: str | None = None,
         bits: Bits | None = None,
@@ -130,16 +143,32 @@ class Engine:
 
         `exact` computes with f32-like activations instead of int8 ones. `context` is the number of
         positions to make room for, `cache_positions` that for all sequences of a batch together, if
-        it is to be more; `adapter` picks one by number or part of its name. `draft` is a smaller
+        it is to be more; `cache` is what it keeps of them: "f16", "int8", or "int4", values in 4
+        bits and keys in 8. `adapter` picks one by number or part of its name. `draft` is a smaller
         model with the same tokenizer, whose guesses may make this one faster. `announce` is told
         about what the model will take once that is known to fit, before any of it is taken.
         """
         weights = WeightsFile.open(resolve(model, bits))
         drafts = None if draft is None else WeightsFile.open(resolve(draft))
-        options: dict[str, Any] = dict(context=context, cache_positions=cache_positions)
+        options: dict[str, Any] = dict(
+            context=context, cache=cache, cache_positions=cache_positions
+        )
         device = Device.open(adapter)
         with device.errors():
             return cls(weights, device, exact=exact, draft=drafts, announce=announce, **options)
+
+    def close(self) -> None:
+        """Give back the device's memory; the engine is of no use after this."""
+        self._stop_active()
+        # wgpu keeps what commands use until they are submitted. What an interrupted reading stands
+        # in the way of, and a lost device does not take, stays until the program ends.
+        recorded = [c for c, into in self._recorded.values() if into.map_state == "unmapped"]
+        self._recorded.clear()
+        with suppress(DeviceLostError), self.device.errors():
+            self._model.write_state(0, [0])  # raises, where to submit would end the process
+            self.device.queue.submit(recorded)
+        if self._draft is not None:
+            self._draft.close()
 
     def memory(self) -> Memory:
         """Of the model and of the one that drafts for it."""
@@ -227,7 +256,9 @@ class Engine:
         """Go on after all prompts at once, with at most `max_tokens` ids each; every token comes
         with the number of its prompt. A `Batch` does more: sequences join and leave.
         """
-        batch = Batch(self, min(MOST_ROWS, max(1, len(prompts))))
+        n, batch = min(MOST_ROWS, max(1, len(prompts))), self._batch
+        if batch is None or batch.busy or batch.max_sequences < n:
+            batch = Batch(self, n)
         sequences = [batch.add(ids, max_tokens=max_tokens, sampling=sampling) for ids in prompts]
         return _tokens(batch, sequences)
 
@@ -291,10 +322,6 @@ class Engine:
         if self._active is not None:
             self._active.close()
             self._active = None
-
-    def _begin_batch(self, batch: Batch) -> None:
-        self._stop_active()
-        self._batch = batch
 
     def _claim_cache(self) -> None:
         """For the sequences of the batch."""

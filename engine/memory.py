@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from engine.device import Device
 from engine.errors import DeviceError
 from model import prompt
-from model.config import ModelConfig
-from model.kv_cache import BLOCK, KVCache
+from model.kv_cache import BLOCK, KINDS, KVCache
 from model.llama import MAX_TOKENS
 from weights import layout
 from weights.store import WeightsFile
@@ -40,11 +39,17 @@ class Memory:
 
 
 def planned(
-    weights: WeightsFile, device: Device, context: int, exact: bool, cache_positions: int = 0
+    weights: WeightsFile,
+    device: Device,
+    context: int,
+    exact: bool,
+    cache: str = "f16",
+    cache_positions: int = 0,
 ) -> Memory:
     """About what an engine will take: the cache to the byte, the rest to some 15 %.
 
-    `cache_positions`: if there is room for more in the cache than for one context.
+    `cache`: its kind, but for exact activations; `cache_positions`: if it has room for more than
+    one context.
     """
     c = weights.config
     stored = sum(map(weights.stored_bits, weights.matrix_names)) // 8
@@ -58,33 +63,34 @@ def planned(
     prompts = 0
     if not (exact or weights.lossless):
         prompts = prompt.scratch_bytes(c, context, software=device.software)
-    cache = _cache_bytes(c, max(context, cache_positions), exact)
-    return Memory(on_device, cache, activations + rope + prompts)
-
-
-def _cache_bytes(config: ModelConfig, context: int, exact: bool) -> int:
-    return 2 * config.n_layers * KVCache.buffer_bytes(config, context, exact)
+    positions = max(context, cache_positions)
+    cache_bytes = KVCache.size_bytes(c, positions, cache_kind(exact, cache))
+    return Memory(on_device, cache_bytes, activations + rope + prompts)
 
 
 def check_room(
-    weights: WeightsFile, device: Device, context: int, exact: bool, cache_positions: int = 0
+    weights: WeightsFile,
+    device: Device,
+    context: int,
+    exact: bool,
+    cache: str = "f16",
+    cache_positions: int = 0,
 ) -> None:
     """DeviceError, before anything is allocated, where it is known that it will not fit."""
-    positions = max(context, cache_positions)
-    buffer = KVCache.buffer_bytes(weights.config, positions, exact)
+    positions, bits = max(context, cache_positions), KINDS[cache_kind(exact, cache)][0]
+    buffer = KVCache.buffer_bytes(weights.config, positions, bits)
     if buffer > device.max_binding_bytes:
-        fits = BLOCK * (
-            device.max_binding_bytes // KVCache.buffer_bytes(weights.config, BLOCK, exact)
-        )
+        block = KVCache.buffer_bytes(weights.config, BLOCK, bits)
         raise DeviceError(
             f"{device.name}: a cache of {positions} positions needs buffers of "
             f"{buffer / 2**20:.0f} MiB, the adapter allows "
-            f"{device.max_binding_bytes / 2**20:.0f} MiB; {_advice(fits)}"
+            f"{device.max_binding_bytes / 2**20:.0f} MiB; "
+            f"{_advice(BLOCK * (device.max_binding_bytes // block))}"
         )
     free = device.free_bytes()
-    plan = planned(weights, device, context, exact, positions)
+    plan = planned(weights, device, context, exact, cache, positions)
     if free is not None and plan.total_bytes > free:
-        raise no_room(weights, device, context, exact, free, positions)
+        raise no_room(weights, device, context, exact, free, cache, positions)
 
 
 def no_room(
@@ -93,18 +99,24 @@ def no_room(
     context: int,
     exact: bool,
     room_bytes: int,
+    cache: str = "f16",
     cache_positions: int = 0,
 ) -> DeviceError:
     """What to say where the device has room for `room_bytes` only."""
-    plan = planned(weights, device, context, exact, cache_positions)
-    per_position = _cache_bytes(weights.config, BLOCK, exact) // BLOCK
-    per_position += 4 * weights.config.head_dim
-    fixed = planned(weights, device, context, exact).total_bytes - context * per_position
+    c = weights.config
+    plan = planned(weights, device, context, exact, cache, cache_positions)
+    per_position = KVCache.size_bytes(c, BLOCK, cache_kind(exact, cache)) // BLOCK + 4 * c.head_dim
+    fixed = planned(weights, device, context, exact, cache).total_bytes - context * per_position
     fits = min(context - 1, max(0, room_bytes - fixed) // per_position // BLOCK * BLOCK)
     return DeviceError(
         f"{device.name}: no room for {weights.path} with a context of {context}: it takes about "
         f"{plan}; there are {room_bytes / 1e6:,.1f} MB; {_advice(fits)}"
     )
+
+
+def cache_kind(exact: bool, cache: str) -> str:
+    """Exact activations keep theirs in f32."""
+    return "f32" if exact else cache
 
 
 def _advice(fits: int) -> str:

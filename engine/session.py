@@ -1,10 +1,11 @@
 """A session on disk: the tokens that an engine has read, and its cache of them.
 
 A safetensors file: `tokens` u32 (n_tokens,), and for every layer `layers.{i}.keys` and `.values`,
-u32, in the cache's own layout with n_tokens positions. Metadata: `format`, `format_version`,
-`model` (its identity), `source` (its name), `activations`, `note`, a text that whoever saves may
-add, and `crc32` of every tensor and of the note (JSON). Half of a reading is of no use to another
-model, nor to the same one in another mode, so a file says what it belongs to.
+u32, in the cache's own layout with n_tokens positions, and of integers also `.keys_scale` and
+`.values_scale`. Metadata: `format`, `format_version`, `model` (its identity), `source` (its name),
+`activations`, `cache` (its kind), `note`, a text that whoever saves may add, and `crc32` of every
+tensor and of the note (JSON). Half of a reading is of no use to another model, nor to the same one
+in another mode, so a file says what it belongs to.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from weights.container import replacing
 if TYPE_CHECKING:
     from engine.generate import Engine
 
-FORMAT, FORMAT_VERSION = "answer-session", "1"
+FORMAT, FORMAT_VERSION = "answer-session", "2"
 
 
 def save_session(engine: Engine, path: Path, note: str) -> int:
@@ -83,7 +84,11 @@ def _crc32(tensors: dict[str, npt.NDArray[np.uint32]], note: str) -> dict[str, i
 
 def _belongs_to(engine: Engine) -> dict[str, str]:
     activations = "exact" if engine.exact else "fast"
-    return {"model": engine.weights.identity, "activations": activations}
+    return {
+        "model": engine.weights.identity,
+        "activations": activations,
+        "cache": engine.cache.kind,
+    }
 
 
 def _check(

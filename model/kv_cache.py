@@ -1,11 +1,13 @@
-"""The keys and values of the positions read so far: f16, or f32 for the exact mode.
-
-One sequence alone has its positions in order. Of several at once each has blocks of BLOCK positions
-wherever there was room, and a table of them (engine/blocks.py, shaders/shared/pages.wgsl).
+"""The keys and values of the positions read so far: f16, f32 for the exact mode, or integers.
 
 Rounding to f16 turns differences of f32 rounding into differences of f16 rounding wherever a value
 lies near a boundary: enough, through 30 layers, to move a logit by 0.01. An exact mode cannot have
-that.
+that. Integers have a scale for each head and position, in 4 bits for each half of it. Keys take 8
+bits wherever values take 4: a few of their channels are much larger than the rest, and in 4 bits
+the rest would be lost.
+
+One sequence alone has its positions in order. Of several at once each has blocks of BLOCK positions
+wherever there was room, and a table of them (engine/blocks.py, shaders/shared/pages.wgsl).
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from model.config import ModelConfig
 
 BLOCK = 16  # positions; shaders/shared/pages.wgsl
 
+# Bits of keys and of values, by the name of the kind.
+KINDS = {"f32": (32, 32), "f16": (16, 16), "int8": (8, 8), "int4": (8, 4)}
+_SCALES = {8: 1, 4: 2}  # of a head's position, by bits
+
 
 def half_padded(config: ModelConfig) -> int:
     """Pairs (i, i + head_dim / 2) per position and head, rounded up to loads of 16 bytes."""
@@ -31,63 +37,82 @@ def half_padded(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Per layer one buffer each for keys and values: u32 (n_kv_heads, max_pos, 2 if f32 else 1,
-    half_padded), of whole blocks.
+    """Per layer one buffer each for keys and values, of whole blocks: u32 (n_kv_heads, max_pos,
+    words), and of integers f32 scales, (n_kv_heads, max_pos) or for the halves of heads
+    (n_kv_heads, max_pos, 2); shaders/shared/cache.wgsl.
     """
 
+    kind: str
     max_pos: int
-    f32: bool
+    n_kv_heads: int
+    half_padded: int
     keys: list[Any]
     values: list[Any]
-    shape: tuple[int, ...]  # of any of them
-    pos_axis: int = 1
 
     @classmethod
-    def empty(cls, device: Device, config: ModelConfig, max_pos: int, f32: bool) -> KVCache:
-        shape = cls._shape(config, max_pos, f32)
-        size = cls.buffer_bytes(config, max_pos, f32)
-        names = [f"layers.{i}" for i in range(config.n_layers)]
-        return cls(
-            shape[1],
-            f32,
-            [device.empty(f"{name}.k_cache", size) for name in names],
-            [device.empty(f"{name}.v_cache", size) for name in names],
-            shape,
+    def empty(cls, device: Device, config: ModelConfig, max_pos: int, kind: str) -> KVCache:
+        sizes = [cls.buffer_bytes(config, max_pos, bits) for bits in KINDS[kind]]
+        keys, values = (
+            [device.empty(f"layers.{i}.{part}_cache", size) for i in range(config.n_layers)]
+            for part, size in zip("kv", sizes, strict=True)
         )
+        n_pos = _whole_blocks(max_pos)
+        return cls(kind, n_pos, config.n_kv_heads, half_padded(config), keys, values)
 
     @staticmethod
-    def _shape(config: ModelConfig, max_pos: int, f32: bool) -> tuple[int, ...]:
-        return config.n_kv_heads, -(-max_pos // BLOCK) * BLOCK, 2 if f32 else 1, half_padded(config)
+    def buffer_bytes(config: ModelConfig, max_pos: int, bits: int) -> int:
+        """Of a layer's keys or values, in so many bits."""
+        words = _words(half_padded(config), bits) + _SCALES.get(bits, 0)
+        return 4 * config.n_kv_heads * _whole_blocks(max_pos) * words
 
     @classmethod
-    def buffer_bytes(cls, config: ModelConfig, max_pos: int, f32: bool) -> int:
-        """Of each layer's keys, and of its values."""
-        return 4 * math.prod(cls._shape(config, max_pos, f32))
-
-    @property
-    def _buffers(self) -> Iterator[tuple[str, Any]]:
-        for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
-            yield from zip((f"layers.{i}.keys", f"layers.{i}.values"), pair, strict=True)
+    def size_bytes(cls, config: ModelConfig, max_pos: int, kind: str) -> int:
+        """Of all layers."""
+        sizes = (cls.buffer_bytes(config, max_pos, bits) for bits in KINDS[kind])
+        return config.n_layers * sum(sizes)
 
     @property
     def n_blocks(self) -> int:
         return self.max_pos // BLOCK
 
+    @property
+    def overrides(self) -> dict[str, int]:
+        """Of kernels that use it."""
+        return dict(zip(("key_bits", "value_bits"), KINDS[self.kind], strict=True))
+
     def shapes(self, n_pos: int) -> dict[str, tuple[int, ...]]:
-        """Of what `read` gives: a buffer's, with `n_pos` positions."""
-        shape = *self.shape[: self.pos_axis], n_pos, *self.shape[self.pos_axis + 1 :]
-        return {name: shape for name, _ in self._buffers}
+        """Of what `read` gives of `n_pos` positions."""
+        return {name: (self.n_kv_heads, n_pos, *words) for name, _, _, words in self._parts()}
 
     def read(self, device: Device, n_pos: int) -> Iterator[tuple[str, npt.NDArray[np.uint32]]]:
-        """The first `n_pos` positions, buffer by buffer."""
-        first = (*[slice(None)] * self.pos_axis, slice(n_pos))
-        for name, buffer in self._buffers:
-            yield name, device.read(buffer, np.uint32, self.shape)[first]
+        """The first `n_pos` positions, part by part."""
+        for name, buffer, first, words in self._parts():
+            shape = self.n_kv_heads, self.max_pos, *words
+            whole = device.read(buffer, np.uint32, (first + math.prod(shape),))
+            yield name, whole[first:].reshape(shape)[:, :n_pos]
 
     def write(self, device: Device, tensors: Mapping[str, npt.NDArray[np.uint32]]) -> None:
         """Put back what `read` gave, into a cache of any length that holds it."""
-        n_outer = math.prod(self.shape[: self.pos_axis])
-        stride = 4 * math.prod(self.shape[self.pos_axis :])
-        for name, buffer in self._buffers:
-            for i, run in enumerate(tensors[name].reshape(n_outer, -1)):
-                device.write(buffer, run, i * stride)
+        for name, buffer, first, words in self._parts():
+            for head, run in enumerate(tensors[name]):
+                at = first + head * self.max_pos * math.prod(words)
+                device.write(buffer, run, 4 * at)
+
+    def _parts(self) -> Iterator[tuple[str, Any, int, tuple[int, ...]]]:
+        """Name, buffer, first word there, and words of a head's position."""
+        for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for part, buffer, bits in zip(("keys", "values"), pair, KINDS[self.kind], strict=True):
+                words = _words(self.half_padded, bits)
+                yield f"layers.{i}.{part}", buffer, 0, (words,)
+                if n_scales := _SCALES.get(bits):
+                    first = self.n_kv_heads * self.max_pos * words
+                    yield f"layers.{i}.{part}_scale", buffer, first, (n_scales,)
+
+
+def _words(half_padded: int, bits: int) -> int:
+    """Of a head's elements at one position: vectors of four words."""
+    return 4 * -(-(half_padded // 4) * bits // 16)
+
+
+def _whole_blocks(max_pos: int) -> int:
+    return -(-max_pos // BLOCK) * BLOCK

@@ -72,6 +72,7 @@ class Llama:
         max_pos: int,
         *,
         exact: bool = False,
+        cache: str = "f16",
         cache_positions: int = 0,
     ) -> None:
         self.device = device
@@ -97,7 +98,7 @@ class Llama:
         before = device.allocated_bytes
         # A pass of MAX_TOKENS at the very end writes nothing beyond max_pos: only positions of real
         # tokens are written.
-        self.cache = KVCache.empty(device, c, max(max_pos, cache_positions), f32=exact)
+        self.cache = KVCache.empty(device, c, max(max_pos, cache_positions), cache)
         self.cache_bytes = device.allocated_bytes - before
 
         # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
@@ -275,9 +276,7 @@ class Llama:
         )
         return kernel.dispatch(
             [1, tokens],
-            dict(
-                tokens=pass_tokens, last=int(tokens < pass_tokens), eps=self.config.norm_eps
-            ),
+            dict(tokens=pass_tokens, last=int(tokens < pass_tokens), eps=self.config.norm_eps),
             state=self.state,
             y=y.buffer if y else self.down.buffer,
             weight=weight,
@@ -310,7 +309,7 @@ class Llama:
         lanes, per_lane = self._attention_shape
         kernel = self.kernels.get(
             "attention",
-            cache_f32=self.cache.f32,
+            **self.cache.overrides,
             splits=qkv.splits,
             window=c.window(layer) or 0,
             lanes=lanes,

@@ -52,8 +52,6 @@ def chunk_tokens(max_pos: int, *, software: bool) -> int:
 
 def scratch_bytes(c: ModelConfig, max_pos: int, *, software: bool) -> int:
     """About what a `Prompt` allocates, if there is one."""
-    if c.sliding_layers:
-        return 0
     qkv = (c.q_dim + 2 * c.kv_dim) * (2 if c.qkv_bias or c.qk_norm else 1)
     partial = c.n_heads * (c.head_dim + 2) * (1 if software else _MAX_SPLITS)
     floats = 3 * c.dim + qkv + partial + 2 * c.hidden_dim
@@ -120,8 +118,7 @@ class Prompt:
         c, device = model.config, model.device
         matrices = [m for layer in model.blocks for m in layer.matrices]
         if (
-            c.sliding_layers
-            or c.n_heads // c.n_kv_heads > _ROWS
+            c.n_heads // c.n_kv_heads > _ROWS
             or attention_bytes(c.head_dim, tiled=False) > device.workgroup_memory
         ):
             return False
@@ -258,10 +255,10 @@ class Prompt:
 
     def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any, paged: bool) -> Step:
         c = self.config
-        quads = c.n_kv_heads * half_padded(c) // 4
+        kernel = self.kernels.get("cache_write", paged=paged, **self._model.cache.overrides)
         return Step(
-            self.kernels.get("cache_write", paged=paged).dispatch(
-                [-(-quads // 64), 1],
+            kernel.dispatch(
+                [c.n_kv_heads, 1],
                 self._heads,
                 state=self.state,
                 y=qkv,
@@ -277,7 +274,11 @@ class Prompt:
         c = self.config
         half_quads = half_padded(c) // 4
         overrides = dict(
-            tokens_per_group=self._attention_tokens, row_quads=2 * half_quads * _ROWS, paged=paged
+            tokens_per_group=self._attention_tokens,
+            row_quads=2 * half_quads * _ROWS,
+            window=c.window(layer) or 0,
+            paged=paged,
+            **self._model.cache.overrides,
         )
         if self._tiled:
             overrides |= dict(half_quads=half_quads, n_splits=self._splits)

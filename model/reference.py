@@ -125,6 +125,25 @@ def cache_write(k_cache: Floats, v_cache: Floats, k: Floats, v: Floats, pos: int
     v_cache[pos : pos + len(v)] = v
 
 
+def quantize_cache(x: Floats, bits: int) -> tuple[Integers, Floats]:
+    """Heads (..., head_dim) as the cache keeps them in 8 bits, or halves of them in 4: integers,
+    and their scale (...): the largest is 127 or 7 of it.
+    """
+    top = (1 << (bits - 1)) - 1
+    scale = np.max(np.abs(x), axis=-1) / x.dtype.type(top)
+    divisor = np.where(scale > 0, scale, x.dtype.type(1))[..., None]
+    return np.rint(x / divisor).astype(np.int8), scale
+
+
+def cached(x: Floats, bits: int) -> Floats:
+    """What a cache of so many bits gives back of heads (..., head_dim); above 8 all of it."""
+    if bits > 8:
+        return x
+    parts = x.reshape(*x.shape[:-1], 2 if bits == 4 else 1, -1)
+    q, scale = quantize_cache(parts, bits)
+    return (q.astype(x.dtype) * scale[..., None]).reshape(x.shape)
+
+
 def attention(
     q: Floats,
     k_cache: Floats,
@@ -180,16 +199,16 @@ def sampling_support(logits: Floats, sampling: Sampling) -> Integers:
     By sorting, where the kernel searches for the threshold; equal logits are in or out together.
     """
     scaled = logits.astype(np.float64) / sampling.temperature
-    best_first = np.sort(scaled)[::-1]
-    least = best_first[-1]
+    least = -np.inf
     if 0 < sampling.top_k < scaled.size:
-        least = best_first[sampling.top_k - 1]
+        least = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
     if sampling.top_p < 1:
-        weights = np.exp(best_first[best_first >= least] - best_first[0])
+        best_first = np.sort(scaled[scaled >= least])[::-1]
+        weights = np.exp(best_first - best_first[0])
         enough = np.cumsum(weights) >= sampling.top_p * weights.sum()
         least = best_first[np.argmax(enough)]
     if sampling.min_p > 0:
-        least = max(least, best_first[0] + np.log(sampling.min_p))
+        least = max(least, scaled.max() + np.log(sampling.min_p))
     return np.flatnonzero(scaled >= least)
 
 
@@ -201,13 +220,12 @@ def sampling_scores(logits: Floats, sampling: Sampling, pos: int) -> Floats:
     """
     if sampling.temperature == 0:
         return logits
-    tokens = np.arange(logits.size, dtype=np.uint32)
-    hashed = _pcg(tokens ^ _pcg(np.uint32(pos) ^ _pcg(np.uint32(sampling.seed))))
+    support = sampling_support(logits, sampling)
+    hashed = _pcg(support.astype(np.uint32) ^ _pcg(np.uint32(pos) ^ _pcg(np.uint32(sampling.seed))))
     uniform = ((hashed >> np.uint32(9)) + 0.5) * 2.0**-23
     scores = np.full(logits.size, -np.inf)
-    support = sampling_support(logits, sampling)
-    noisy = logits.astype(np.float64) / sampling.temperature - np.log(-np.log(uniform))
-    scores[support] = noisy[support]
+    scaled = logits[support].astype(np.float64) / sampling.temperature
+    scores[support] = scaled - np.log(-np.log(uniform))
     return scores
 
 
@@ -224,7 +242,8 @@ class Reference:
 
     `tensors` has the names of a weights file: dense matrices (rows, cols), `qkv_proj` and
     `gate_up_proj` fused, vectors with `.weight`. With `int8`, what each matrix product reads is
-    quantized first. The cache rounds to `cache_dtype`: float16 as the engine's does.
+    quantized first. The cache rounds to `cache_dtype`: float16 as the engine's does, unless it
+    keeps keys and values in `cache_bits`.
     """
 
     def __init__(
@@ -234,10 +253,12 @@ class Reference:
         *,
         int8: bool = False,
         cache_dtype: npt.DTypeLike = np.float16,
+        cache_bits: tuple[int, int] = (16, 16),
     ) -> None:
         self.config = config
         self.tensors = tensors
         self.int8 = int8
+        self.cache_bits = cache_bits
         self.n_past = 0  # positions that the cache holds
         shape = (config.n_layers, config.max_seq_len, config.n_kv_heads, config.head_dim)
         self.k_cache: Floats = np.zeros(shape, cache_dtype)
@@ -285,6 +306,7 @@ class Reference:
             q, k, v = np.split(qkv, (c.n_heads, c.n_heads + c.n_kv_heads), axis=1)
             if c.is_rotated(i):
                 q, k = (rope(each, pos, c.rope_theta, c.rope_divisors) for each in (q, k))
+            k, v = (cached(each, bits) for each, bits in zip((k, v), self.cache_bits, strict=True))
             cache_write(k_cache, v_cache, k, v, pos)
             attn = attention(q, k_cache, v_cache, pos, c.score_scale, c.window(i))
             x = x + self._product(f"{layer}.self_attn.o_proj", attn)

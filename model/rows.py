@@ -25,6 +25,7 @@ MOST_ROWS = 64
 # prompts do. shaders/shared/sums.wgsl has no room for more.
 MATVEC_ROWS = 16
 _FEW_ROWS = 32  # for which products have smaller tiles
+_ATTENTION_GROUPS = 2048  # workgroups that fill a large GPU
 _TILE = 64  # positions that attention may look up past the last one
 
 
@@ -213,19 +214,19 @@ class Rows:
         whole = self.qkv_heads is not None
         kernel = self.kernels.get(
             "attention",
-            cache_f32=m.cache.f32,
+            **m.cache.overrides,
             splits=1 if whole else self._splits(self.qkv.matrix, n),
             window=c.window(layer) or 0,
             lanes=lanes,
             per_lane=per_lane,
-            n_splits=m._splits,
+            n_splits=self._attention_splits(n),
             finish=m._finish,
             digits=m.digits,
             batched=True,
             paged=True,
         )
         return kernel.dispatch(
-            [m._splits, c.n_heads, n],
+            [self._attention_splits(n), c.n_heads, n],
             dict(
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,
@@ -249,11 +250,21 @@ class Rows:
             x_scale=self.attn.scale,
         )
 
+    def _attention_splits(self, n: int) -> int:
+        """Of positions. Up to matvec_rows as of one sequence alone, so that sums round alike."""
+        most = self._model._splits
+        if n <= self.matvec_rows:
+            return most
+        return min(most, -(-_ATTENTION_GROUPS // (n * self.config.n_heads)))
+
     def _attention_combine(self, n: int) -> Dispatch:
         c, m = self.config, self._model
         n_blocks = -(-c.q_dim // 32)
         kernel = self.kernels.get(
-            "attention_combine", lanes=m.lanes, digits=m.digits, n_splits=m._splits
+            "attention_combine",
+            lanes=m.lanes,
+            digits=m.digits,
+            n_splits=self._attention_splits(n),
         )
         return kernel.dispatch(
             [-(-n_blocks * 8 // m.lanes), n],

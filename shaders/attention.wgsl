@@ -1,8 +1,7 @@
 // softmax(scale q k^T) v over the positions up to each token's own, or the last `window` of them. q and k are first rotated to their
 // positions (RoFormer eq. 34; pairs (i, i + head_dim / 2), as Hugging Face stores them), k and v put into the cache.
 // In splits: every split sees each n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding);
-// attention_combine joins them. All in f32; a u32 of an f16 cache holds elements i and i + head_dim / 2 of one head, in
-// an f32 cache each has its own, half_padded apart.
+// attention_combine joins them. All in f32, whatever the cache keeps (shared/cache.wgsl).
 // Tokens are of one sequence, or with `batched` and `paged` each of its own, or some.
 // One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens). With `finish`, for heads of
 // whole blocks of 32, the last split of a head joins them itself and writes int8 digits (shared/last.wgsl says where).
@@ -14,8 +13,9 @@
 //#import pairs
 //#import rows
 //#import pages
+//#import cache
+//#import cache_store
 
-override cache_f32: bool;
 override splits: u32;    // of y
 override per_lane: u32;  // neighbouring positions that one lane scores, 1..4, of one block; lanes * per_lane are a tile
 override n_splits: u32;
@@ -39,7 +39,7 @@ const NEVER = -1e30;  // below every score; not infinite, so that differences of
 @group(0) @binding(1) var<storage, read> state: State;
 @group(0) @binding(2) var<storage, read> y: array<f32>;                    // (splits, tokens, rows of q | k | v)
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;           // (positions, head_dim / 2): cos, sin
-@group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;  // (n_kv_heads, max_pos, 1 or 2, half_padded)
+@group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read_write> partial: array<atomic<u32>>;  // f32 (tokens, n_heads, n_splits, 2 half_padded + 2)
 @group(0) @binding(7) var<storage, read_write> arrived: array<atomic<u32>>;  // (tokens, n_heads)
@@ -72,45 +72,35 @@ fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted t
 // last leaves the same bits, and nobody waits for another workgroup.
 fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
   let quads = params.half_padded / 4u;
-  let first = first_of_sequence(token);
-  for (var n = lane; n < (token - first + 1u) * quads; n += lanes) {
-    let source = first + n / quads;
-    let i = n % quads;
-    let pos = row_position(source);
-    if (pos / (lanes * per_lane) % n_splits == split) {
-      let k = rotated(projected(source, params.n_heads + kv_head, i), pos, i);
-      let v = projected(source, params.n_heads + params.n_kv_heads + kv_head, i);
+  let n_sources = lanes / quads;  // at a time
+  let i = lane % quads;
+  for (var begin = first_of_sequence(token); begin <= token; begin += n_sources) {
+    let source = begin + lane / quads;
+    var pos = 0u;
+    var is_mine = lane < n_sources * quads && source <= token;
+    if (is_mine) {
+      pos = row_position(source);
+      is_mine = pos / (lanes * per_lane) % n_splits == split;
+    }
+    var k: Pair;
+    var v: Pair;
+    if (is_mine) {
+      k = rotated(projected(source, params.n_heads + kv_head, i), pos, i);
+      v = projected(source, params.n_heads + params.n_kv_heads + kv_head, i);
+    }
+    var most = vec3<f32>(0.0);
+    if (min(key_bits, value_bits) < 16u) {
+      weights[lane] = vec4<f32>(largest_of(k, v), 0.0);
+      workgroupBarrier();
+      for (var n = lane - i; n < min(lane - i + quads, lanes); n++) { most = max(most, weights[n].xyz); }
+      workgroupBarrier();
+    }
+    if (is_mine) {
       let row = kv_head * params.max_pos + cache_position(source, pos);
-      if (cache_f32) {
-        let at = 2u * row * quads + i;
-        k_cache[at] = bitcast<vec4<u32>>(k.lo);
-        k_cache[at + quads] = bitcast<vec4<u32>>(k.hi);
-        v_cache[at] = bitcast<vec4<u32>>(v.lo);
-        v_cache[at + quads] = bitcast<vec4<u32>>(v.hi);
-      } else {
-        k_cache[row * quads + i] = pack_f16(k);
-        v_cache[row * quads + i] = pack_f16(v);
-      }
+      store_key(row, i, k, most.x);
+      store_value(row, i, v, most.yz);
     }
   }
-}
-
-fn key(row: u32, i: u32) -> Pair {  // row = head's positions before it + its own
-  let quads = params.half_padded / 4u;
-  if (cache_f32) {
-    let at = 2u * row * quads + i;
-    return Pair(bitcast<vec4<f32>>(k_cache[at]), bitcast<vec4<f32>>(k_cache[at + quads]));
-  }
-  return unpack_f16(k_cache[row * quads + i]);
-}
-
-fn value(row: u32, i: u32) -> Pair {
-  let quads = params.half_padded / 4u;
-  if (cache_f32) {
-    let at = 2u * row * quads + i;
-    return Pair(bitcast<vec4<f32>>(v_cache[at]), bitcast<vec4<f32>>(v_cache[at + quads]));
-  }
-  return unpack_f16(v_cache[row * quads + i]);
 }
 
 // Scores of the positions pos .. pos + per_lane - 1, in the cache from `row` on: q is loaded once for all of them.
@@ -125,6 +115,11 @@ fn scores_at(row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
         let k = key(row + j, i);
         sums[j] += dot(lo, k.lo) + dot(hi, k.hi);
       }
+    }
+  }
+  if (key_bits < 16u) {
+    for (var j = 0u; j < per_lane; j++) {
+      if (pos + j < length) { sums[j] *= key_scale(row + j); }
     }
   }
   let j = vec4<u32>(0u, 1u, 2u, 3u);
@@ -202,11 +197,13 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     hi *= correction;
     if (my_group < n_groups) {
       for (var i = my_group; i < min(tile_size, length - tile); i += n_groups) {
+        let row = first_row + cache_position(token, tile + i);
         let weight = weights[i / per_lane][i % per_lane];
-        let v = value(first_row + cache_position(token, tile + i), quad);
+        let v = value(row, quad);
+        let scaled_weight = weight * value_scale(row);
         sum += weight;
-        lo += weight * v.lo;
-        hi += weight * v.hi;
+        lo += scaled_weight.x * v.lo;
+        hi += scaled_weight.y * v.hi;
       }
     }
     workgroupBarrier();

@@ -1,5 +1,5 @@
-// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own, for many tokens: attention's result, for
-// attention_combine to join. The tokens' own keys are in the cache already.
+// softmax(q k^T / sqrt(head_dim)) v over the positions up to each token's own, or the last `window` of them, for many
+// tokens: attention's result, for attention_combine to join. The tokens' own keys are in the cache already.
 // A workgroup takes ROWS pairs of (token, head), heads that share a kv head side by side, and goes through every
 // n_splits-th tile of POSITIONS with a running maximum and sum (Dao 2022). A tile's keys, then its values, are in
 // workgroup memory, on their way there while the others are used. All in f32.
@@ -9,9 +9,11 @@
 //#import pairs
 //#import pages
 //#import heads
+//#import cache
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
 override n_splits: u32;
+override window: u32;  // positions that a token sees; 0: all
 override half_quads: u32;  // half_padded / 4, at most 16: head_dim up to 128
 override row_quads: u32;   // 2 * half_quads * ROWS: of the rows' queries, and of a tile of keys
 
@@ -46,49 +48,55 @@ var<workgroup> tile: array<vec4<f32>, row_quads>;     // keys (quads, POSITIONS)
 var<workgroup> weights: array<vec4<f32>, 256>;        // (POSITIONS, ROW_GROUPS)
 var<workgroup> maxima: array<vec4<f32>, LANES>;       // (COLUMNS, ROW_GROUPS)
 
-struct Four { a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32> }  // what a lane has on its way
+struct Fetched { packed: vec4<u32>, scale: vec2<f32> }
+struct Four { a: Fetched, b: Fetched, c: Fetched, d: Fetched }  // what a lane has on its way
 
-// Quad i of a tile; positions beyond the last are read as the last one and get no weight.
-fn key(kv_head: u32, first: u32, last: u32, i: u32) -> vec4<u32> {
-  return k_cache[k_index(kv_head, min(first + i % POSITIONS, last), min(i / POSITIONS, half_quads - 1u))];
+// Quad i of a tile is this one of a row; positions beyond the last are read as the last one and get no weight.
+fn key_quad(i: u32) -> u32 { return min(i / POSITIONS, half_quads - 1u); }
+fn value_quad(i: u32) -> u32 { return i % half_quads; }
+
+fn fetch_key(kv_head: u32, first: u32, last: u32, i: u32) -> Fetched {
+  let row = cache_row(kv_head, min(first + i % POSITIONS, last));
+  return Fetched(k_cache[vector_at(row, key_quad(i), key_bits)], vec2<f32>(key_scale(row)));
 }
 
-fn value(kv_head: u32, first: u32, last: u32, i: u32) -> vec4<u32> {
-  return v_cache[v_index(kv_head, min(first + i / half_quads, last), i % half_quads)];
+fn fetch_value(kv_head: u32, first: u32, last: u32, i: u32) -> Fetched {
+  let row = cache_row(kv_head, min(first + i / half_quads, last));
+  return Fetched(v_cache[vector_at(row, value_quad(i), value_bits)], value_scale(row));
 }
 
 fn keys(kv_head: u32, first: u32, last: u32, lane: u32) -> Four {
   var k: Four;
-  k.a = key(kv_head, first, last, lane);
-  if (half_quads > 4u) { k.b = key(kv_head, first, last, lane + LANES); }
-  if (half_quads > 8u) { k.c = key(kv_head, first, last, lane + 2u * LANES); }
-  if (half_quads > 12u) { k.d = key(kv_head, first, last, lane + 3u * LANES); }
+  k.a = fetch_key(kv_head, first, last, lane);
+  if (half_quads > 4u) { k.b = fetch_key(kv_head, first, last, lane + LANES); }
+  if (half_quads > 8u) { k.c = fetch_key(kv_head, first, last, lane + 2u * LANES); }
+  if (half_quads > 12u) { k.d = fetch_key(kv_head, first, last, lane + 3u * LANES); }
   return k;
 }
 
 fn values(kv_head: u32, first: u32, last: u32, lane: u32) -> Four {
   var v: Four;
-  v.a = value(kv_head, first, last, lane);
-  if (half_quads > 4u) { v.b = value(kv_head, first, last, lane + LANES); }
-  if (half_quads > 8u) { v.c = value(kv_head, first, last, lane + 2u * LANES); }
-  if (half_quads > 12u) { v.d = value(kv_head, first, last, lane + 3u * LANES); }
+  v.a = fetch_value(kv_head, first, last, lane);
+  if (half_quads > 4u) { v.b = fetch_value(kv_head, first, last, lane + LANES); }
+  if (half_quads > 8u) { v.c = fetch_value(kv_head, first, last, lane + 2u * LANES); }
+  if (half_quads > 12u) { v.d = fetch_value(kv_head, first, last, lane + 3u * LANES); }
   return v;
 }
 
-fn keep_key(i: u32, packed: vec4<u32>) {
+fn keep_key(i: u32, fetched: Fetched) {
   if (i < POSITIONS * half_quads) {
-    let k = unpack_f16(packed);
-    tile[i] = k.lo;  // (quads, POSITIONS): i is quad * POSITIONS + position
-    tile[i + half_quads * POSITIONS] = k.hi;
+    let k = unpack(fetched.packed, key_quad(i), key_bits);
+    tile[i] = k.lo * fetched.scale.x;  // (quads, POSITIONS): i is quad * POSITIONS + position
+    tile[i + half_quads * POSITIONS] = k.hi * fetched.scale.y;
   }
 }
 
-fn keep_value(i: u32, packed: vec4<u32>) {
+fn keep_value(i: u32, fetched: Fetched) {
   if (i < POSITIONS * half_quads) {
-    let v = unpack_f16(packed);
+    let v = unpack(fetched.packed, value_quad(i), value_bits);
     let at = i / half_quads * 2u * half_quads + i % half_quads;
-    tile[at] = v.lo;
-    tile[at + half_quads] = v.hi;
+    tile[at] = v.lo * fetched.scale.x;
+    tile[at + half_quads] = v.hi * fetched.scale.y;
   }
 }
 
@@ -126,12 +134,19 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let column = lane / ROW_GROUPS;
   let rows = row_group + ROW_GROUPS * vec4<u32>(0u, 1u, 2u, 3u);
   let own = state.pos + min(first_token + rows / heads, vec4<u32>(last_token));  // the rows' last positions
+  var seen_from = vec4<u32>(0u);
+  var begin = group.z * POSITIONS;
+  if (window > 0u) {  // tiles that no row sees are passed over
+    seen_from = own + 1u - min(own + 1u, vec4<u32>(window));
+    let length = state.pos + first_token + 1u;
+    begin += (length - min(length, window)) / POSITIONS * POSITIONS;
+  }
   var running_max = vec4<f32>(NEVER);
   var sum = vec4<f32>(0.0);
   var near_mixed = mat4x4<f32>();  // quad `column` of the values, by row
   var far_mixed = mat4x4<f32>();   // and quad COLUMNS + column
-  var k = keys(kv_head, group.z * POSITIONS, last, lane);
-  for (var first = group.z * POSITIONS; first <= last; first += n_splits * POSITIONS) {
+  var k = keys(kv_head, begin, last, lane);
+  for (var first = begin; first <= last; first += n_splits * POSITIONS) {
     keep_key(lane, k.a);
     if (half_quads > 4u) { keep_key(lane + LANES, k.b); }
     if (half_quads > 8u) { keep_key(lane + 2u * LANES, k.c); }
@@ -149,8 +164,8 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
       far += vec4<f32>(dot(q[0], k1), dot(q[1], k1), dot(q[2], k1), dot(q[3], k1));
     }
     let pos = vec4<u32>(first + column);
-    near = select(vec4<f32>(NEVER), near, pos <= own);
-    far = select(vec4<f32>(NEVER), far, pos + COLUMNS <= own);
+    near = select(vec4<f32>(NEVER), near, pos <= own & pos >= seen_from);
+    far = select(vec4<f32>(NEVER), far, pos + COLUMNS <= own & pos + COLUMNS >= seen_from);
     maxima[lane] = max(near, far);
     workgroupBarrier();
     var new_max = running_max;

@@ -6,9 +6,11 @@
 //#import pairs
 //#import pages
 //#import heads
+//#import cache
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
 override row_quads: u32;         // ROWS * half_padded / 2
+override window: u32;            // positions that a token sees; 0: all
 
 struct Params {
   n_heads: u32,
@@ -43,14 +45,25 @@ struct Four {  // rows of a lane: by element, by row
 }
 
 fn score(q: Four, kv_head: u32, pos: u32, quad: u32) -> vec4<f32> {
-  let k = unpack_f16(k_cache[k_index(kv_head, pos, quad)]);
-  return q.lo * k.lo + q.hi * k.hi;
+  let row = cache_row(kv_head, pos);
+  let k = key(row, quad);
+  return (q.lo * k.lo + q.hi * k.hi) * key_scale(row);
 }
 
 fn add(m: ptr<function, Four>, weight: vec4<f32>, kv_head: u32, pos: u32, quad: u32) {
-  let v = unpack_f16(v_cache[v_index(kv_head, pos, quad)]);
-  (*m).lo += mat4x4<f32>(v.lo.x * weight, v.lo.y * weight, v.lo.z * weight, v.lo.w * weight);
-  (*m).hi += mat4x4<f32>(v.hi.x * weight, v.hi.y * weight, v.hi.z * weight, v.hi.w * weight);
+  let row = cache_row(kv_head, pos);
+  let v = value(row, quad);
+  let scale = value_scale(row);
+  let lo = v.lo * scale.x;
+  let hi = v.hi * scale.y;
+  (*m).lo += mat4x4<f32>(lo.x * weight, lo.y * weight, lo.z * weight, lo.w * weight);
+  (*m).hi += mat4x4<f32>(hi.x * weight, hi.y * weight, hi.z * weight, hi.w * weight);
+}
+
+fn visible(pos: u32, own: vec4<u32>, seen_from: vec4<u32>) -> vec4<bool> {
+  let seen = vec4<u32>(pos) <= own;
+  if (window == 0u) { return seen; }
+  return seen & vec4<u32>(pos) >= seen_from;
 }
 
 fn scaled(m: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
@@ -81,9 +94,16 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
 
   let rows = lane + LANES * vec4<u32>(0u, 1u, 2u, 3u);
   let own = state.pos + min(first_token + rows / heads, vec4<u32>(last_token));  // the rows' last positions
+  var seen_from = vec4<u32>(0u);
+  var begin = 0u;
+  if (window > 0u) {  // positions that no row sees are passed over
+    seen_from = own + 1u - min(own + 1u, vec4<u32>(window));
+    let length = state.pos + first_token + 1u;
+    begin = length - min(length, window);
+  }
   var running_max = vec4<f32>(NEVER);
   var sum = vec4<f32>(0.0);
-  for (var first = 0u; first <= last; first += POSITIONS) {
+  for (var first = begin; first <= last; first += POSITIONS) {
     // Positions past the last repeat it and get no weight.
     let near = min(first + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(last));
     let far = min(first + vec4<u32>(4u, 5u, 6u, 7u), vec4<u32>(last));
@@ -110,19 +130,18 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
       s6 += score(q, kv_head, far.z, quad);
       s7 += score(q, kv_head, far.w, quad);
     }
-    let seen = vec4<u32>(first) <= own;  // a tile's first position may be past a row's last one already
-    s0 = select(vec4<f32>(NEVER), s0, seen);
-    s1 = select(vec4<f32>(NEVER), s1, vec4<u32>(first + 1u) <= own);
-    s2 = select(vec4<f32>(NEVER), s2, vec4<u32>(first + 2u) <= own);
-    s3 = select(vec4<f32>(NEVER), s3, vec4<u32>(first + 3u) <= own);
-    s4 = select(vec4<f32>(NEVER), s4, vec4<u32>(first + 4u) <= own);
-    s5 = select(vec4<f32>(NEVER), s5, vec4<u32>(first + 5u) <= own);
-    s6 = select(vec4<f32>(NEVER), s6, vec4<u32>(first + 6u) <= own);
-    s7 = select(vec4<f32>(NEVER), s7, vec4<u32>(first + 7u) <= own);
+    s0 = select(vec4<f32>(NEVER), s0, visible(first, own, seen_from));
+    s1 = select(vec4<f32>(NEVER), s1, visible(first + 1u, own, seen_from));
+    s2 = select(vec4<f32>(NEVER), s2, visible(first + 2u, own, seen_from));
+    s3 = select(vec4<f32>(NEVER), s3, visible(first + 3u, own, seen_from));
+    s4 = select(vec4<f32>(NEVER), s4, visible(first + 4u, own, seen_from));
+    s5 = select(vec4<f32>(NEVER), s5, visible(first + 5u, own, seen_from));
+    s6 = select(vec4<f32>(NEVER), s6, visible(first + 6u, own, seen_from));
+    s7 = select(vec4<f32>(NEVER), s7, visible(first + 7u, own, seen_from));
     let new_max = max(running_max, max(max(max(s0, s1), max(s2, s3)), max(max(s4, s5), max(s6, s7))));
     let correction = exp(running_max - new_max);
     running_max = new_max;
-    s0 = exp(s0 - new_max);  // NEVER becomes 0: position 0 is every row's
+    s0 = exp(s0 - new_max);  // NEVER becomes 0; or 1 before a row has seen a position, which the first correction sets to 0
     s1 = exp(s1 - new_max);
     s2 = exp(s2 - new_max);
     s3 = exp(s3 - new_max);

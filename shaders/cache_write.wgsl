@@ -1,10 +1,14 @@
-// k_cache[pos + t], v_cache[pos + t] = rotated keys and values of the pass's tokens, as f16.
-// Lane = four pairs of one kv head of one token. Dispatch: (ceil(n_kv_heads * half_padded / 4 / 64), tokens).
+// k_cache[pos + t], v_cache[pos + t] = rotated keys and values of the pass's tokens, as shared/cache.wgsl has them.
+// One workgroup = one kv head of one token, a lane four pairs of it. Dispatch: (n_kv_heads, tokens).
 
 //#import state
 //#import pairs
 //#import pages
 //#import heads
+//#import cache
+//#import cache_store
+
+const LANES = 32u;  // heads of up to 256
 
 struct Params {
   n_heads: u32,
@@ -23,16 +27,30 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> blocks: array<u32>;  // (blocks_per_table,)
 
-@compute @workgroup_size(64)
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+var<workgroup> sizes: array<vec3<f32>, LANES>;
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(local_invocation_index) quad: u32, @builtin(workgroup_id) group: vec3<u32>) {
   let quads = params.half_padded / 4u;
-  let token = id.y;
-  if (id.x >= params.n_kv_heads * quads || token >= state.n_tokens) { return; }
-  let kv_head = id.x / quads;
-  let quad = id.x % quads;
+  let kv_head = group.x;
+  let token = group.y;
+  if (token >= state.n_tokens) { return; }
   let pos = state.pos + token;
-  let k = rotated(projected(token, params.n_heads + kv_head, quad), pos, quad);
-  let v = projected(token, params.n_heads + params.n_kv_heads + kv_head, quad);
-  k_cache[k_index(kv_head, pos, quad)] = pack_f16(k);
-  v_cache[v_index(kv_head, pos, quad)] = pack_f16(v);
+  var k: Pair;
+  var v: Pair;
+  if (quad < quads) {
+    k = rotated(projected(token, params.n_heads + kv_head, quad), pos, quad);
+    v = projected(token, params.n_heads + params.n_kv_heads + kv_head, quad);
+  }
+  var most = vec3<f32>(0.0);
+  if (min(key_bits, value_bits) < 16u) {
+    sizes[quad] = largest_of(k, v);
+    workgroupBarrier();
+    for (var i = 0u; i < quads; i++) { most = max(most, sizes[i]); }
+  }
+  if (quad < quads) {
+    let row = cache_row(kv_head, pos);
+    store_key(row, quad, k, most.x);
+    store_value(row, quad, v, most.yz);
+  }
 }

@@ -84,6 +84,9 @@ class FakeEngine:
         self.cached = list(ids)
         return FakeGeneration(self, self.answers.pop(0), n_common)
 
+    def close(self):
+        pass
+
     def prompt_text(self, i=-1):
         return self.tokenizer.decode(self.prompts[i])
 

@@ -19,6 +19,7 @@ from engine.errors import EngineError
 from engine.generate import Engine
 from engine.sampler import Sampling
 from model.config import ModelConfig
+from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK
 from model.reference import Reference, sampling_scores
 from weights.convert import CalibrationText, convert
@@ -104,8 +105,10 @@ def test_exact_sequences_are_the_oracles(
         assert_drawn(reference, sequence)
 
 
-@pytest.mark.parametrize("adapter", ["software", "gpu"])
-@pytest.mark.parametrize("pattern", ["at once", "one by one", "leaving", "no room"])
+@pytest.mark.parametrize(
+    ("adapter", "pattern"),
+    [("software", "at once"), ("gpu", "one by one"), ("gpu", "leaving"), ("software", "no room")],
+)
 def test_company_does_not_change_the_text(
     build: Callable[..., Engine], prompts: list[list[int]], adapter: str, pattern: str
 ) -> None:
@@ -139,8 +142,13 @@ def test_company_does_not_change_the_text(
     assert batch._blocks.n_free == engine.cache.n_blocks
 
 
-def test_many_rows_go_through_bytes(build: Callable[..., Engine]) -> None:
-    """More rows than a matvec takes: the products of prompts, whose sums are in another order."""
+def test_many_rows_go_through_bytes(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than a matvec takes: the products of prompts, whose sums are in another order, and
+    here in three parts, as they would be of larger matrices.
+    """
+    monkeypatch.setattr(GpuMatrix, "few_splits", lambda _: 3)
     engine = build("gpu")
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 97, 3).tolist() for _ in range(18)]
@@ -336,6 +344,25 @@ def test_what_is_refused(build: Callable[..., Engine], file: WeightsFile) -> Non
         EngineError, match="cache_positions is 95, expected at least the context, 96"
     ):
         Engine(file, engine.device, context=96, cache_positions=95)
+
+
+def test_weights_without_loss(
+    tmp_path: Path, tiny_config: ModelConfig, prompts: list[list[int]]
+) -> None:
+    """Their kernels have f32 activations, and there are no passes for prompts."""
+    path = tmp_path / "model.safetensors"
+    convert(random_source(tiny_config), path, "lossless", progress=False)
+    device = Device.open()
+    device.software = True
+    engine = Engine(WeightsFile.open(path), device, context=64)
+    want = [alone(engine, prompt, 6, SAMPLED[1]) for prompt in prompts[:3]]
+    batch = Batch(engine, 20)
+    assert batch.max_sequences == 16
+    sequences = [
+        batch.add(prompt, max_tokens=6, sampling=SAMPLED[1], stop_ids=()) for prompt in prompts[:3]
+    ]
+    finish(batch)
+    assert [sequence.tokens for sequence in sequences] == want
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_sliding", "smollm3"])

@@ -31,7 +31,7 @@ class Sequences(RuleBasedStateMachine):
             self.cache[table.blocks[i]] = tuple(text[: (i + 1) * BLOCK])
         for i in range(len(text) // BLOCK, len(table.blocks)):
             self.cache[table.blocks[i]] = None  # half full, or not at all
-        self.blocks.keep(table, text)
+        self.blocks.keep(table, text, len(text))
 
     @rule(text=texts, spare=st.integers(0, 3))
     def begin(self, text: list[int], spare: int) -> None:
@@ -106,7 +106,7 @@ def test_what_was_freed_is_found_again_until_it_is_needed() -> None:
     blocks, text = Blocks(4), list(range(3 * BLOCK))
     table = blocks.begin(text, 3 * BLOCK)
     assert table is not None
-    blocks.keep(table, text)
+    blocks.keep(table, text, len(text))
     blocks.release(table)
     other = blocks.begin([], 2 * BLOCK)  # the fourth, which was never used, and the last one freed
     assert other is not None and other.blocks == [3, 2]

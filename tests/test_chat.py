@@ -82,11 +82,11 @@ def test_flags_reach_the_engine(use):
     engine = FakeEngine("abcdef")
     opened = use(engine)
     words = "--model m.safetensors --bits 3.25 --context 512 --adapter H100 --exact -n 3 -t 0.5"
-    words += " --draft d.safetensors --overflow slide --top-k 40"
+    words += " --draft d.safetensors --overflow slide --cache int8 --top-k 40"
     words += " --top-p 0.9 --min-p 0.05 --seed 7 -s Rhyme -p Hi"
     assert chat.main(words.split()) == 0
     options = {"exact": True, "context": 512, "adapter": "H100", "bits": 3.25}
-    options["draft"] = "d.safetensors"
+    options |= {"cache": "int8", "draft": "d.safetensors"}
     assert opened == [("m.safetensors", options)]
     assert engine.sampling == (0.5, 40, 0.9, 0.05, 7)
     assert engine.max_tokens == 3 and engine.slide
@@ -100,7 +100,7 @@ def test_defaults_are_the_default_model_and_another_seed_each_time(use):
         opened = use(engine)
         assert chat.main(["-p", "Hi"]) == 0
         options = {"exact": False, "context": None, "adapter": None, "bits": None}
-        options["draft"] = None
+        options |= {"cache": "f16", "draft": None}
         assert opened == [("smollm2", options)]
         *sampling, seed = engine.sampling
         assert sampling == [0.5, 0, 1.0, 0.1]

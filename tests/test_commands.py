@@ -167,17 +167,43 @@ def test_bench_flags_reach_the_engine(
     monkeypatch.setattr(Engine, "open", refuse)
     assert bench.main([]) == 1
     assert error_line(capsys.readouterr()) == "error: not today\n"
-    flags = ["--bits", "3", "--context", "99", "--adapter", "1", "--draft", "d"]
+    flags = ["--bits", "3", "--context", "99", "--adapter", "1", "--draft", "d", "--cache", "int4"]
     assert bench.main(["m.gguf", *flags]) == 1
+    assert bench.main(["--batch", "2", "20"]) == 1
     plain = {"exact": False, "context": None, "adapter": None, "bits": None, "draft": None}
+    plain["cache"] = "f16"
+    given = {"context": 99, "adapter": "1", "bits": 3.0, "draft": "d", "cache": "int4"}
     assert calls == [
         (("smollm2",), plain),
-        (("m.gguf",), {**plain, "context": 99, "adapter": "1", "bits": 3.0, "draft": "d"}),
+        (("m.gguf",), {**plain, **given}),
+        (("smollm2",), {**plain, "cache_positions": 4096}),  # more than they need
     ]
 
 
+@pytest.mark.gpu
+def test_bench_runs_sequences_at_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--pp", "--tg", "4", "--repeats", "1", "--batch", "1", "3"]
+    assert bench.main([model, *flags]) == 0
+    *_, head, _, one, three, blank, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("| sequences | tokens/s |") and blank == ""
+    assert [row.split("|")[1].strip() for row in (one, three)] == ["1", "3"]
+    for row, n in zip(json.loads(last)["batch"], (1, 3), strict=True):
+        assert row["sequences"] == n and row["tokens_per_second"] > 0
+        assert row["step_ms"] == pytest.approx(1e3 * n / row["tokens_per_second"])
+    assert bench.main([model, *flags, "2000"]) == 1
+    assert "max_sequences is 2000, expected 1 to 64" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    "flags", [["--pp", "0"], ["--tg", "1"], ["--depth", "-1"], ["--repeats", "0"], ["--pp", "x"]]
+    "flags",
+    [
+        ["--pp", "0"],
+        ["--tg", "1"],
+        ["--depth", "-1"],
+        ["--repeats", "0"],
+        ["--pp", "x"],
+        ["--batch", "0"],
+    ],
 )
 def test_bench_refuses_wrong_flags(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_engine import lines
 from tiny_model import CONFIG, random_source
+from wgpu.backends.wgpu_native._helpers import generate_report
 
 from engine import Engine, Sampling
 from engine.chat.commands import loop
@@ -81,6 +83,21 @@ def test_a_chat_goes_on_when_its_device_is_lost(
     assert begun.startswith(first) and begun.endswith(second + third)
     torn = begun.removeprefix(first).removesuffix(second + third).rstrip("\n")
     assert torn and second.startswith(torn)
+
+
+def test_a_model_that_is_given_up_gives_back_what_it_took(file: WeightsFile) -> None:
+    def held() -> dict[str, int]:
+        gc.collect()
+        return {kind: counts["allocated"] for kind, counts in generate_report()["hub"].items()}
+
+    before = held()
+    chat = Chat(lambda name: Engine(file, Device.open()), "tiny", Sampling(), max_tokens=20)
+    generation = chat.engine.generate([5, 6, 7, 8] * 5, 20, stop_ids=())
+    assert len(list(generation)) == 20 and generation.stats.checks
+    assert held()["buffers"] > before["buffers"]
+    del generation
+    chat.give_up()
+    assert held() == before
 
 
 def test_what_a_model_takes_is_said_before_it_is_taken(file: WeightsFile) -> None:

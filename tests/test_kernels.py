@@ -720,7 +720,8 @@ def test_rope_cache_and_attention(
     dispatches = [
         kernels.get(
             "attention",
-            cache_f32=cache_f32,
+            key_bits=32 if cache_f32 else 16,
+            value_bits=32 if cache_f32 else 16,
             splits=splits,
             window=window,
             lanes=lanes,

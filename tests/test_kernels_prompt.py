@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_layout import pack, unpack
 from test_kernels import (
     F32,
     HEADS,
@@ -27,7 +28,7 @@ from engine.plan import Plan, run
 from model import prompt, reference
 from model.gpu_layout import far_outliers
 from model.gpu_matrix import Activations, GpuMatrix
-from model.kv_cache import BLOCK
+from model.kv_cache import BLOCK, KINDS
 from model.llama import rope_table
 
 pytestmark = pytest.mark.gpu
@@ -176,12 +177,12 @@ def test_matmul_of_whole_numbers_is_exact(
 
 
 @pytest.mark.parametrize(
-    ("name", "n_splits", "paged"),
+    ("name", "n_splits", "paged", "window", "cache"),
     [
-        ("attention_prompt", 1, False),
-        ("attention_prompt", 3, True),
-        ("attention_rows", 1, False),
-        ("attention_rows", 1, True),
+        ("attention_prompt", 1, False, 0, "f16"),
+        ("attention_prompt", 3, True, 9, "int4"),
+        ("attention_rows", 1, False, 9, "f16"),
+        ("attention_rows", 1, True, 0, "int8"),
     ],
 )
 @pytest.mark.parametrize(
@@ -200,6 +201,8 @@ def test_cache_write_and_attention_prompt(
     name: str,
     n_splits: int,
     paged: bool,
+    window: int,
+    cache: str,
 ) -> None:
     device, max_pos, theta = kernels.device, 96, 10000.0
     table = rng.permutation(max_pos // BLOCK).astype(np.uint32)
@@ -207,18 +210,16 @@ def test_cache_write_and_attention_prompt(
     place = np.arange(max_pos)
     if paged:
         place = (BLOCK * table.astype(np.int64)[:, None] + np.arange(BLOCK)).ravel()
-    half, padded = head_dim // 2, -(-(head_dim // 2) // 4) * 4
+    padded = -(-(head_dim // 2) // 4) * 4
     tiled = name == "attention_prompt"
     if prompt.attention_bytes(head_dim, tiled=tiled) > device.workgroup_memory:
         pytest.skip(f"{device.name} has too little workgroup memory for heads of {head_dim}")
     all_heads = n_heads + 2 * n_kv_heads
     room = 64
-    past = rng.normal(size=(2, max_pos, n_kv_heads, head_dim)).astype(np.float16)
+    shape, bits = (max_pos, n_kv_heads, head_dim), KINDS[cache]
     y = rng.normal(size=(room, all_heads * head_dim)).astype(np.float32)
-    packed = np.zeros((2, n_kv_heads, max_pos, padded, 2), np.float16)
-    packed[:, :, :, :half, 0] = past[..., :half].transpose(0, 2, 1, 3)
-    packed[:, :, :, :half, 1] = past[..., half:].transpose(0, 2, 1, 3)
-    packed[:, :, place] = packed.copy()
+    packed = [pack(rng.normal(size=shape).astype(np.float32), n) for n in bits]
+    past = [unpack(words, shape, n)[0][place] for words, n in zip(packed, bits, strict=True)]
     keys, values = device.upload("k_cache", packed[0]), device.upload("v_cache", packed[1])
     heads = dict(
         n_heads=n_heads,
@@ -246,14 +247,17 @@ def test_cache_write_and_attention_prompt(
         overrides = dict(half_quads=padded // 4, n_splits=n_splits)
     n_blocks = -(-n_heads * head_dim // 32)
     dispatches = [
-        kernels.get("cache_write", paged=paged).dispatch(
-            [-(-n_kv_heads * padded // 4 // 64), n_tokens + 3], heads, **buffers
+        kernels.get("cache_write", paged=paged, key_bits=bits[0], value_bits=bits[1]).dispatch(
+            [n_kv_heads, n_tokens + 3], heads, **buffers
         ),
         kernels.get(
             name,
             tokens_per_group=tokens_per_group,
             row_quads=16 * padded,
             paged=paged,
+            window=window,
+            key_bits=bits[0],
+            value_bits=bits[1],
             **overrides,
         ).dispatch(
             [n_kv_heads, -(-n_tokens // tokens_per_group) + 1, n_splits],
@@ -275,25 +279,30 @@ def test_cache_write_and_attention_prompt(
     want_q, want_k, want_v = np.split(qkv, [n_heads, n_heads + n_kv_heads], axis=1)
     want_q, want_k = reference.rope(want_q, pos, theta), reference.rope(want_k, pos, theta)
 
-    def unpack(buffer: Any) -> np.ndarray:
-        pairs = device.read(buffer, np.float16, packed.shape[1:])
-        assert not pairs[:, :, half:].any()
-        pairs = pairs[:, place, :half]
-        return np.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1).transpose(1, 0, 2)
-
-    got_k, got_v = unpack(keys), unpack(values)
+    (got_k, step_k), (got_v, step_v) = (
+        [part[place] for part in unpack(device.read(buffer, np.uint32, words.shape), shape, n)]
+        for buffer, words, n in zip((keys, values), packed, bits, strict=True)
+    )
     written = slice(pos, pos + n_tokens)
-    # As of attention's cache: a rotation, the table's own rounding, then half an ulp of f16.
-    size = np.abs(y).max()
-    assert_close(got_k[written], want_k, 2.0**-11 * np.abs(want_k) + 2.0**-24 + 12 * F32 * size)
-    assert_close(got_v[written], want_v, 2.0**-11 * np.abs(want_v) + 2.0**-24)
+    # As of attention's cache: a rotation, the table's own rounding, then half an ulp of f16, or
+    # half a step of integers.
+    size, half_ulp = np.abs(y).max(), 2.0**-11 if cache == "f16" else 0.0
+    for got, step, want in ((got_k, step_k, want_k), (got_v, step_v, want_v)):
+        tolerance = half_ulp * np.abs(want) + step[written] / 2 + 2.0**-24 + 12 * F32 * size
+        assert_close(got[written], want, tolerance)
     untouched = np.ones(max_pos, bool)
     untouched[written] = False
     assert (got_k[untouched] == past[0][untouched]).all()
     assert (got_v[untouched] == past[1][untouched]).all()
 
     # As test_rope_cache_and_attention derives it.
-    want = reference.attention(want_q, got_k.astype(np.float64), got_v.astype(np.float64), pos)
+    want = reference.attention(
+        want_q,
+        got_k.astype(np.float64),
+        got_v.astype(np.float64),
+        pos,
+        window=window or None,
+    )
     n_pos = pos + n_tokens
     largest = np.abs(got_v[:n_pos]).max()
     score_per_query = np.abs(got_k[:n_pos]).max() * head_dim**0.5
@@ -302,5 +311,5 @@ def test_cache_write_and_attention_prompt(
     error = 2 * largest * F32 * (error + 2 * (3 + 2 * score) + 2 * n_pos + 64)
     parts = device.read(partial, np.float32, nothing.shape)
     assert np.isnan(parts[n_tokens:]).all()
-    got = read_activations(device, out, room, 1, n_heads * head_dim)
-    check_quantized(assert_close, {key: v[:n_tokens] for key, v in got.items()}, want, 1, error)
+    digits = read_activations(device, out, room, 1, n_heads * head_dim)
+    check_quantized(assert_close, {key: v[:n_tokens] for key, v in digits.items()}, want, 1, error)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from cache_layout import pack, unpack
 from test_kernels import F32, check_quantized, read_activations
 from test_kernels import kernels as kernels
 from test_kernels import rng as rng
@@ -16,7 +17,7 @@ from engine.plan import Plan, run
 from engine.sampler import STEPS, BatchSampler, Sampling
 from model import reference
 from model.gpu_matrix import Activations
-from model.kv_cache import BLOCK
+from model.kv_cache import BLOCK, KINDS
 from model.llama import rope_table
 from model.rows import MATVEC_ROWS
 
@@ -37,11 +38,17 @@ PLACES = [(0, 0), (1, 15), (1, 16), (1, 17), (2, 200), (3, 64), (3, 65)]
 
 
 @pytest.mark.parametrize(
-    ("n_heads", "n_kv_heads", "head_dim", "finish"), [(6, 2, 16, False), (9, 3, 64, True)]
+    ("n_heads", "n_kv_heads", "head_dim", "finish"), [(6, 2, 24, False), (9, 3, 64, True)]
 )
 @pytest.mark.parametrize(
-    ("n_splits", "lanes", "per_lane", "cache_f32", "window"),
-    [(1, 16, 4, False, 0), (16, 64, 1, False, 0), (2, 24, 2, True, 50)],
+    ("n_splits", "lanes", "per_lane", "cache", "window"),
+    [
+        (1, 16, 4, "f16", 0),
+        (16, 64, 1, "f16", 0),
+        (2, 24, 2, "f32", 50),
+        (1, 16, 4, "int8", 0),
+        (16, 64, 1, "int4", 0),
+    ],
 )
 def test_attention_of_several_sequences(
     kernels: Kernels,
@@ -54,21 +61,18 @@ def test_attention_of_several_sequences(
     n_splits: int,
     lanes: int,
     per_lane: int,
-    cache_f32: bool,
+    cache: str,
     window: int,
 ) -> None:
     """Each row as if its sequence were alone, whose positions lie in blocks here and there."""
     device, theta, max_pos = kernels.device, 10000.0, 208
-    half, all_heads, n = head_dim // 2, n_heads + 2 * n_kv_heads, len(PLACES)
+    all_heads, n = n_heads + 2 * n_kv_heads, len(PLACES)
     per_table, n_sequences = max_pos // BLOCK, 4
     n_positions = BLOCK * per_table * n_sequences
-    cache_type = np.float32 if cache_f32 else np.float16
     tables = rng.permutation(per_table * n_sequences).reshape(n_sequences, per_table)
-    past = rng.normal(size=(2, n_positions, n_kv_heads, head_dim)).astype(cache_type)
-    packed = np.stack([past[..., :half], past[..., half:]], axis=3)  # lo, hi apart
-    if not cache_f32:
-        packed = packed.swapaxes(-1, -2)
-    packed = np.ascontiguousarray(packed.swapaxes(1, 2))
+    shape = n_positions, n_kv_heads, head_dim
+    packed = [pack(rng.normal(size=shape).astype(np.float32), bits) for bits in KINDS[cache]]
+    past = [unpack(words, shape, bits)[0] for words, bits in zip(packed, KINDS[cache], strict=True)]
     y = rng.normal(size=(n + 1, all_heads * head_dim)).astype(np.float32)
     state = device.upload("state", np.array([0, n] + [0] * 10, np.uint32))
     firsts = [next(i for i, (s, _) in enumerate(PLACES) if s == sequence) for sequence, _ in PLACES]
@@ -80,10 +84,11 @@ def test_attention_of_several_sequences(
     out = Activations.empty(device, "attn", n + 1, 3, n_heads * head_dim)
     finish &= lanes >= head_dim // 4
     n_blocks = -(-n_heads * head_dim // 32)
-    sizes = dict(n_heads=n_heads, head_dim=head_dim, half_padded=half)
+    sizes = dict(n_heads=n_heads, head_dim=head_dim, half_padded=head_dim // 2)
     attention = kernels.get(
         "attention",
-        cache_f32=cache_f32,
+        key_bits=KINDS[cache][0],
+        value_bits=KINDS[cache][1],
         splits=1,
         window=window,
         lanes=lanes,
@@ -124,27 +129,33 @@ def test_attention_of_several_sequences(
     )
     run(device, Plan([attention] if finish else [attention, combine]))
 
-    got_k, got_v = (
-        device.read(buffer, cache_type, packed.shape[1:]).swapaxes(0, 1)
-        for buffer in (keys, values)
+    (got_k, step_k), (got_v, step_v) = (
+        unpack(device.read(buffer, np.uint32, words.shape), shape, bits)
+        for buffer, words, bits in zip((keys, values), packed, KINDS[cache], strict=True)
     )
-    if not cache_f32:
-        got_k, got_v = got_k.swapaxes(-1, -2), got_v.swapaxes(-1, -2)
-    got_k, got_v = (got.reshape(n_positions, n_kv_heads, head_dim) for got in (got_k, got_v))
     q, k, v = np.split(
         y[:n].astype(np.float64).reshape(n, all_heads, head_dim), [n_heads, n_heads + n_kv_heads], 1
     )
-    size, half_ulp = np.abs(y).max(), 0.0 if cache_f32 else 2.0**-11
+    size, half_ulp = np.abs(y).max(), 2.0**-11 if cache == "f16" else 0.0
     written = np.zeros(n_positions, bool)
     got = read_activations(device, out, n + 1, 3, n_heads * head_dim)
     for row, (sequence, pos) in enumerate(PLACES):
         place = (BLOCK * tables[sequence][:, None] + np.arange(BLOCK)).ravel()
         written[place[pos]] = True
-        # As test_rope_cache_and_attention derives both.
+        # As test_rope_cache_and_attention derives both; of integers half a step, and the rounding
+        # of their scale and of the product with it.
         want_k = reference.rope(k[row : row + 1], pos, theta)[0]
-        tolerance = half_ulp * np.abs(want_k) + 2.0**-24 + 12 * F32 * size
-        assert_close(got_k[place[pos]], want_k, tolerance)
-        assert_close(got_v[place[pos]], v[row], half_ulp * np.abs(v[row]) + 2.0**-24)
+        for got_x, step, want_x in ((got_k, step_k, want_k), (got_v, step_v, v[row])):
+            tolerance = half_ulp * np.abs(want_x) + 2.0**-24 + 12 * F32 * size
+            assert_close(got_x[place[pos]], want_x, tolerance + step[place[pos]] / 2)
+        for step, want_x, bits in zip(
+            (step_k, step_v), (want_k, v[row]), KINDS[cache], strict=True
+        ):
+            if bits < 16:  # the largest is the last integer
+                largest = (1 << (bits - 1)) - 1
+                parts = np.abs(want_x).reshape(n_kv_heads, 2 if bits == 4 else 1, -1).max(axis=-1)
+                of_parts = step[place[pos]].reshape(*parts.shape, -1)[..., 0]
+                assert_close(of_parts * largest, parts, 16 * F32 * size)
         want_q = reference.rope(q[row : row + 1], pos, theta)
         cached = [values[place[: pos + 1]].astype(np.float64) for values in (got_k, got_v)]
         want = reference.attention(want_q, *cached, pos, window=window or None)

@@ -162,8 +162,8 @@ def test_where_there_is_no_prompt_path(
 @pytest.mark.parametrize("adapter", ADAPTERS[:2])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3", "granite", "mistral"])
 def test_what_families_add(tmp_path: Path, tokens: list[int], family: str, adapter: str) -> None:
-    """Biases, norms of heads, layers without RoPE, scales: against the oracle, which rounds the
-    same, as above. Windows are left to short passes.
+    """Biases, norms of heads, layers without RoPE, scales, windows: against the oracle that rounds
+    the same, as above.
     """
     source, _, _ = golden(family, tmp_path)
     path = tmp_path / "model.safetensors"
@@ -171,7 +171,7 @@ def test_what_families_add(tmp_path: Path, tokens: list[int], family: str, adapt
     file = WeightsFile.open(path)
     ids = [token % file.config.vocab_size for token in tokens[:40]]
     engine = Engine(file, open_device(adapter), context=48)
-    assert (engine._model.prompt is None) == bool(file.config.sliding_layers)
+    assert engine._model.prompt is not None
     want = Reference.from_weights(file, int8=True).logits(ids)
     rounding = rms(want - Reference.from_weights(file, cache_dtype=np.float32).logits(ids))
     assert rms(engine.logits(ids) - want) <= 2**0.5 * rounding

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_model import CONFIG, random_tensors, write_gguf, write_hf_folder
@@ -116,7 +117,10 @@ def test_the_python_of_readme_works(
     monkeypatch.setattr(cache, "cache_folder", lambda: place / "cache")
     monkeypatch.setattr(cache, "QUICK", CalibrationText(0))
     programs = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
-    (program,) = [text for text in programs if "from engine import" in text]
-    exec(program, {})
+    names: dict[str, Any] = {}
+    for program in programs:  # one goes on with what another has defined
+        if "openai" not in program:  # tests/test_server.py talks to a server like this
+            exec(program, names)
+    assert "engine" in names
     assert "MB: weights" in capsys.readouterr().out
     assert (place / "tale.session").is_file()

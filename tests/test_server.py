@@ -187,6 +187,16 @@ def test_completions(running: Running) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_a_prompt_that_goes_on_is_not_read_again(running: Running) -> None:
+    """A conversation's next turn finds the turns before it in the cache."""
+    text = "Some long question. " * 6
+    first = running.chat(text, temperature=0, max_tokens=8)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    again = running.chat(text, temperature=0, max_tokens=8)
+    assert 64 <= again.usage.prompt_tokens_details.cached_tokens < again.usage.prompt_tokens
+    assert again.choices[0].message.content == first.choices[0].message.content
+
+
 def test_penalties_and_bias(running: Running) -> None:
     token = TOKENS.index("Q")
     options = {"max_tokens": 12, "temperature": 0}

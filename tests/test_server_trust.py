@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,9 @@ import pytest
 from running_server import Running, says, write_model
 from wgpu.backends.wgpu_native._api import libf
 
-from engine.server import command
+from engine import Engine
+from engine.errors import DeviceError, EngineError
+from engine.server import app, command
 
 pytestmark = pytest.mark.gpu
 
@@ -86,12 +88,15 @@ def test_what_is_wrong_is_named(
     assert error["type"] == "invalid_request_error"
 
 
-def test_malformed_requests_are_refused(running: Running) -> None:
+def test_malformed_requests_are_refused(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     post = partial(running.http.post, "/v1/chat/completions")
     json_type = {"content-type": "application/json"}
     for content in (b"", b"{", b"[" * 100_000, b"null", b"[]", b'{"messages": "\xff"}', b"{}" * 9):
         got = post(content=content, headers=json_type)
         assert got.status_code == 400 and got.json()["error"]["message"], content[:20]
+    for prompt in ([], [[]], "", [1, "a"], [[1], "a"], [-1], [1 << 70], None, 1, {}):
+        got = running.http.post("/v1/completions", json={"prompt": prompt})
+        assert got.status_code == 400 and re.search("prompt|token id", got.text), prompt
     assert post(content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert post(content=b" " * (4 << 20) + b"{}", headers=json_type).status_code == 413
     wrong = [("GET", "/v1/completions", 405), ("POST", "/health", 405), ("GET", "/v1/files", 404)]
@@ -108,10 +113,17 @@ def test_malformed_requests_are_refused(running: Running) -> None:
         with socket.create_connection(running.address, timeout=10) as client:
             client.sendall(raw)
             assert client.recv(1000).startswith(b"HTTP/1.1 400 ")
+    monkeypatch.setattr(app, "_BODY_SECONDS", 0.1)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: [::1]:80\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(running.address, timeout=10) as client:
+        client.sendall(head + b"Content-Length: 9\r\n\r\n{")
+        assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
     assert running.http.get("/health").status_code == 200
 
 
-def test_a_client_that_leaves_frees_its_place(running: Running) -> None:
+def test_a_client_that_leaves_frees_its_place(
+    running: Running, capfd: pytest.CaptureFixture[str]
+) -> None:
     for asked_to_stream in (True, False):
         before = running.metric("answer_generated_tokens_total")
         body = {"messages": [{"role": "user", "content": "x"}], "stream": asked_to_stream, "n": 8}
@@ -123,6 +135,7 @@ def test_a_client_that_leaves_frees_its_place(running: Running) -> None:
             while running.metric("answer_generated_tokens_total") < before + 8:
                 time.sleep(0.01)
         running.wait_idle()
+        assert capfd.readouterr().err == ""  # it is nothing to be told of
         # 8 answers of 280 tokens were not run to their end.
         assert running.metric("answer_generated_tokens_total") - before < 8 * 200
 
@@ -162,6 +175,21 @@ def test_a_lost_device_is_told_of_and_opened_again(running: Running) -> None:
     running.wait_idle()
 
 
+def test_a_device_that_is_gone_for_good_ends_the_server(weights: Path) -> None:
+    def gone() -> Engine:
+        raise DeviceError("there is no such adapter")
+
+    running = Running(weights)
+    running.server.worker._open_engine = gone
+    libf.wgpuDeviceDestroy(running.engines[-1].device.wgpu._internal)
+    with pytest.raises(openai.APIError, match="the device failed"):
+        running.chat("Hi")
+    running.thread.join(20)
+    (error,) = running.errors
+    assert isinstance(error, EngineError) and str(error) == "there is no such adapter"
+    running.stop()
+
+
 def test_a_key_and_the_end(weights: Path) -> None:
     """Whoever has the key is served; at the end, what runs may end or is told."""
     running = Running(weights, key="se cret", max_sequences=1, max_waiting=1, grace_seconds=0)
@@ -174,11 +202,11 @@ def test_a_key_and_the_end(weights: Path) -> None:
         wrong.models.list()
     stream = running.chat("Hi", stream=True)
     next(stream)
-    threading.Timer(0.05, running.stop).start()
+    running.server.should_exit = True
     with pytest.raises(openai.APIError, match="shutting down"):
         list(stream)
-    running.thread.join(30)
-    assert not running.errors and not running.thread.is_alive()
+    running.stop()
+    assert not running.errors
     with pytest.raises(ConnectionError):
         socket.create_connection(running.address, timeout=1)
 

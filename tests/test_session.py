@@ -69,18 +69,24 @@ def saved(engine: Engine, tmp_path: Path) -> tuple[Path, list[int]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("adapter", "exact", "context"), [("software", False, 30), ("gpu", True, 64)]
+    ("adapter", "options", "context"),
+    [
+        ("software", {}, 30),
+        ("gpu", {"exact": True}, 64),
+        ("software", {"cache": "int4"}, 64),
+        ("gpu", {"cache": "int8"}, 30),
+    ],
 )
 def test_a_session_goes_on_where_it_was_saved(
-    build: Build, tmp_path: Path, adapter: str, exact: bool, context: int
+    build: Build, tmp_path: Path, adapter: str, options: dict[str, Any], context: int
 ) -> None:
-    engine = build(adapter=adapter, exact=exact)
+    engine = build(adapter=adapter, **options)
     answer = list(engine.generate(PROMPT, 9, stop_ids=()))
     engine.save_session(tmp_path / "s", "a note")
     turn = [*PROMPT, *answer, 3, 4]
     want = list(engine.generate(turn, 8, stop_ids=()))
 
-    later = build(adapter=adapter, exact=exact, context=context)
+    later = build(adapter=adapter, context=context, **options)
     list(later.generate([70, 71, 72], 20, stop_ids=()))  # something else is in the cache
     assert later.load_session(tmp_path / "s") == "a note"
     assert later.cached_tokens == turn[:-3]
@@ -110,6 +116,7 @@ def test_sessions_of_others_are_refused(build: Build, saved: tuple[Path, list[in
     path, _ = saved
     refused(build("other"), path, r"session of another model \(model\)")
     refused(build(exact=True), path, r"session of another activations \(fast\)")
+    refused(build(cache="int8"), path, r"session of another cache \(f16\)")
     refused(build(context=12), path, r"holds 19 tokens, the context 12; .*--context")
 
 
@@ -159,8 +166,8 @@ def test_sessions_with_wrong_contents_are_refused(
     refused(engine, path, "another shape")
     write({**tensors, "more": np.zeros(3, np.uint32)})
     refused(engine, path, "another shape")
-    write(tensors, format_version="2")
-    refused(engine, path, "version 2, expected 1")
+    write(tensors, format_version="3")
+    refused(engine, path, "version 3, expected 2")
     write(tensors, crc32="")
     refused(engine, path, "no checksums")
 

@@ -26,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
         "full context: end the answer (stop), or read its latest half again and go on (slide)"
     )
     add("--overflow", choices=("stop", "slide"), default="stop", help=overflow)
+    kept = "what is kept of each position: 16 bits, 8, or 8 of keys and 4 of values (f16)"
+    add("--cache", choices=("f16", "int8", "int4"), default="f16", help=kept)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--draft", metavar="MODEL", help="a smaller model of the same family that guesses for it")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")

@@ -55,6 +55,8 @@ class Chat:
 
     def give_up(self) -> None:
         """Lets go of the model and its memory; the conversation stays."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         gc.collect()  # buffers, pipelines and plans know each other
 

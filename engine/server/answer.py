@@ -27,6 +27,7 @@ class Piece:
     text: str = ""
     noted: list[NotedToken] = field(default_factory=list)
     n_tokens: int = 0  # of the answer so far
+    n_reused: int = 0  # of the prompt, that others had left in the cache
     finished: str | None = None  # "stop" or "length"
     error: RequestError | None = None
     opens: bool = False  # the answer was accepted, and has nothing yet
@@ -46,7 +47,7 @@ class Answer:
         deliver: Callable[[Piece], None],
     ) -> None:
         self.ids, self.max_tokens, self.chooser = ids, max_tokens, chooser
-        self.n_tokens = 0
+        self.n_tokens = self.n_reused = 0
         self.finished = False
         self._index, self._stops, self._stream, self._deliver = index, stops, stream, deliver
         self._held = ""  # text that may be the beginning of a stop string
@@ -102,4 +103,5 @@ class Answer:
         while self._noted and (whole or self._noted[0].offset < self._n_shown):
             noted.append(self._noted.popleft())
         self.finished = finished is not None
-        self._deliver(Piece(self._index, text, noted, self.n_tokens, finished))
+        counts = self.n_tokens, self.n_reused
+        self._deliver(Piece(self._index, text, noted, *counts, finished))

@@ -148,12 +148,13 @@ class Api:
                 headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             )
         choices = [Choice() for _ in answers]
+        last: dict[int, Piece] = {}
         async with aclosing(pieces):
             async for piece in pieces:
                 if piece is not None:
                     choices[piece.index].add(piece)
-        n_answer = sum(choice.n_tokens for choice in choices)
-        return JSONResponse(replies.whole(choices, usage(n_prompt, n_answer)))
+                    last[piece.index] = piece
+        return JSONResponse(replies.whole(choices, usage(n_prompt, last.values())))
 
     def _prepare(
         self, asked: ChatRequest | CompletionRequest, deliver: Callable[[Piece], None]
@@ -210,7 +211,8 @@ class Api:
         try:
             while n_running:
                 try:
-                    piece = await asyncio.wait_for(queue.get(), _SILENCE_SECONDS)
+                    async with asyncio.timeout(_SILENCE_SECONDS):
+                        piece = await queue.get()
                 except TimeoutError:
                     yield None
                     continue
@@ -246,7 +248,7 @@ async def _events(
         return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
     extra = {"usage": None} if include_usage else {}
-    n_tokens: dict[int, int] = {}
+    last: dict[int, Piece] = {}
     async with aclosing(pieces):
         try:
             piece: Piece | None = opening
@@ -254,18 +256,19 @@ async def _events(
                 if piece is None:
                     yield ": still at it\n\n"
                 else:
-                    n_tokens[piece.index] = piece.n_tokens
+                    last[piece.index] = piece
                     if (chunk := replies.chunk(piece)) is not None:
                         yield event({**chunk, **extra})
                 piece = await anext(pieces)
         except StopAsyncIteration:
             pass
+        except ClientDisconnect:
+            return
         except RequestError as error:
             yield event(error.body)
             return
     if include_usage:
-        figures = usage(n_prompt, sum(n_tokens.values()))
-        yield event({**replies.closing(), "usage": figures})
+        yield event({**replies.closing(), "usage": usage(n_prompt, last.values())})
     yield "data: [DONE]\n\n"
 
 

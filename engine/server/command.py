@@ -46,13 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8080, metavar="N", help="0: any that is free (8080)")
     key = f"whoever asks must have it; needed with another --host; or {_KEY}"
     add("--api-key", default=os.environ.get(_KEY), metavar="KEY", help=key)
-    running = "answers that are worked on at once (16)"
+    running = "answers that are worked on at once, up to 64 (16)"
     add("--max-sequences", type=_from(1), default=16, metavar="N", help=running)
     add("--queue", type=_from(0), default=64, metavar="N", help="answers that may wait (64)")
     grace = "for answers to end by themselves at Ctrl-C (10)"
     add("--grace", type=_from(0), default=10, metavar="SECONDS", help=grace)
     add("--bits", type=parse_bits, help="stored bits per weight, or lossless, when it is converted")
     add("--context", type=_from(1), metavar="N", help="tokens of a prompt and its answer together")
+    positions = "tokens that the cache holds of all answers together (the context)"
+    add("--cache-positions", type=_from(1), metavar="N", help=positions)
+    kept = "what is kept of each position: 16 bits, 8, or 8 of keys and 4 of values (f16)"
+    add("--cache", choices=("f16", "int8", "int4"), default="f16", help=kept)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")
     return parser
@@ -86,7 +90,14 @@ def _serve(args: argparse.Namespace) -> None:
     path = resolve(args.model, args.bits)
 
     def open_engine() -> Engine:
-        return Engine.open(path, exact=args.exact, context=args.context, adapter=args.adapter)
+        return Engine.open(
+            path,
+            exact=args.exact,
+            context=args.context,
+            cache=args.cache,
+            cache_positions=args.cache_positions,
+            adapter=args.adapter,
+        )
 
     name = Path(args.model).stem if Path(args.model).exists() else args.model
     server = Server(

@@ -29,7 +29,12 @@ class Metrics:
         self.requests = Counter(
             "answer_requests", "Requests answered.", ("path", "status"), registry=registry
         )
-        self.prompt_tokens = Counter("answer_prompt_tokens", "Tokens read.", registry=registry)
+        self.prompt_tokens = Counter(
+            "answer_prompt_tokens", "Tokens of prompts.", registry=registry
+        )
+        self.reused_tokens = Counter(
+            "answer_reused_tokens", "Of those, what was in the cache.", registry=registry
+        )
         self.tokens = Counter("answer_generated_tokens", "Tokens generated.", registry=registry)
         self.restarts = Counter(
             "answer_engine_restarts", "Times the device was opened anew.", registry=registry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,12 @@ class Choice:
 
     text: str = ""
     noted: list[NotedToken] = field(default_factory=list)
-    n_tokens: int = 0
     finished: str | None = None
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.noted += piece.noted
-        self.n_tokens, self.finished = piece.n_tokens, piece.finished
+        self.finished = piece.finished
 
 
 class ChatReplies:
@@ -126,11 +125,18 @@ class TextReplies:
         return _text(self._bytes_of(token))
 
 
-def usage(n_prompt: int, n_answer: int) -> Json:
+def usage(n_prompt: int, last: Iterable[Piece]) -> Json:
+    """`last`: the latest piece of each choice."""
+    n_answer = n_reused = 0
+    for piece in last:
+        n_answer += piece.n_tokens
+        n_reused += piece.n_reused
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_answer,
         "total_tokens": n_prompt + n_answer,
+        # Several answers to one prompt find more in the cache than the prompt is counted for.
+        "prompt_tokens_details": {"cached_tokens": min(n_reused, n_prompt)},
     }
 
 

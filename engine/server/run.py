@@ -17,6 +17,7 @@ from engine.server.metrics import Metrics
 from engine.server.worker import Worker
 
 _CONNECTIONS = 1024  # beyond them uvicorn answers 503 by itself
+_IDLE_SECONDS = 75  # longer than clients keep a connection: none should find it closed
 _LAST_SECONDS = 2  # for the news of the end to reach those who were cut off
 
 
@@ -70,6 +71,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 server_header=False,
                 limit_concurrency=_CONNECTIONS,
+                timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=grace_seconds + _LAST_SECONDS,
             )
         )

@@ -207,6 +207,13 @@ class CompletionRequest(CommonRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @field_validator("prompt")
+    @classmethod
+    def _some_prompt(cls, prompt: Any) -> Any:
+        if prompt == []:
+            raise ValueError("there is none")
+        return prompt
+
     @property
     def _prompts(self) -> list[Any]:
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))

@@ -15,7 +15,6 @@ from engine.batch import Batch
 from engine.batch import Sequence as Running
 from engine.errors import EngineError
 from engine.generate import Engine
-from engine.memory import Memory
 from engine.server.answer import Answer
 from engine.server.choose import Grammars
 from engine.server.metrics import Metrics
@@ -146,7 +145,7 @@ class Worker:
         gc.collect()  # the new one needs the memory of the one before
         self._engine = engine = self._open_engine()
         self._batch = Batch(engine, self.max_sequences)
-        memory = engine.memory() + Memory(0, 0, self._batch.scratch_bytes)
+        memory = engine.memory()
         self._metrics.set_memory(memory)
         if not self._opened.is_set():
             self.tokenizer, self.context = engine.tokenizer, engine.context
@@ -222,6 +221,8 @@ class Worker:
                 if not answer.n_tokens:
                     began = self._entries[answer].began
                     self._metrics.first_token.observe(time.monotonic() - began)
+                    answer.n_reused = sequence.reused_tokens
+                    self._metrics.reused_tokens.inc(sequence.reused_tokens)
                 try:
                     answer.push(token)
                 except EngineError as error:  # a token that its own tokenizer cannot decode

@@ -7,11 +7,5 @@ fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted t
   return Pair(quad_at(begin, quad), quad_at(begin + params.head_dim / 2u, quad));
 }
 
-// Where four pairs lie in a cache of f16: vectors of four u32, each of elements i and i + head_dim / 2.
-fn k_index(kv_head: u32, pos: u32, quad: u32) -> u32 {
-  return (kv_head * params.max_pos + cache_position(0u, pos)) * (params.half_padded / 4u) + quad;
-}
-
-fn v_index(kv_head: u32, pos: u32, quad: u32) -> u32 {
-  return (kv_head * params.max_pos + cache_position(0u, pos)) * (params.half_padded / 4u) + quad;
-}
+// Of a head's position in the cache.
+fn cache_row(kv_head: u32, pos: u32) -> u32 { return kv_head * params.max_pos + cache_position(0u, pos); }

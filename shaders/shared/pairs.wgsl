@@ -22,22 +22,3 @@ fn rotated(x: Pair, pos: u32, quad: u32) -> Pair {
   let s = vec4<f32>(turns[0].y, turns[1].y, turns[2].y, turns[3].y);
   return Pair(x.lo * c - x.hi * s, x.hi * c + x.lo * s);
 }
-
-// An f16 cache has pairs in a u32 each.
-
-fn pack_f16(x: Pair) -> vec4<u32> {
-  return vec4<u32>(
-    pack2x16float(vec2<f32>(x.lo.x, x.hi.x)),
-    pack2x16float(vec2<f32>(x.lo.y, x.hi.y)),
-    pack2x16float(vec2<f32>(x.lo.z, x.hi.z)),
-    pack2x16float(vec2<f32>(x.lo.w, x.hi.w)),
-  );
-}
-
-fn unpack_f16(v: vec4<u32>) -> Pair {
-  let a = unpack2x16float(v.x);
-  let b = unpack2x16float(v.y);
-  let c = unpack2x16float(v.z);
-  let d = unpack2x16float(v.w);
-  return Pair(vec4<f32>(a.x, b.x, c.x, d.x), vec4<f32>(a.y, b.y, c.y, d.y));
-}
