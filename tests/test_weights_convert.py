@@ -255,7 +255,7 @@ def test_convert_of_a_model_larger_than_memory_goes_without_calibration(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     convert(source, tmp_path / "plain")
-    monkeypatch.setattr(command, "_memory_bytes", lambda: 8 * source.config.n_params - 2)
+    monkeypatch.setattr(command, "memory_bytes", lambda: 8 * source.config.n_params - 2)
     command.convert(source, tmp_path / "large")
     said = capsys.readouterr().err
     assert said.startswith("tiny: not calibrated") and said.count("\n") == 1
