@@ -61,8 +61,8 @@ def test_groups_are_what_takes_fewest_bits(kind, zeros, log2_states):
         assert m.group == group
         bits[group] = m.payload_bits + 32 * m.outliers.size
     code = choose_code(counts, int(q.min()), log2_states)
-    assert bits[code.group] < 1.02 * min(bits.values())
-    assert 0.995 * bits[code.group] < code.bits < 1.035 * bits[code.group]
+    assert bits[code.group] < 1.005 * min(bits.values())
+    assert 0.999 * bits[code.group] < code.bits < 1.026 * bits[code.group]
 
 
 def test_few_bits_make_groups_of_four():

@@ -115,8 +115,8 @@ def test_calibration_saves_what_inputs_have_in_common(tmp_path: Path, tied: bool
     assert len(reports) == len(layout.matrices(config))
     convert(source, tmp_path / "without", 3.5, embed_bits=5, text=NONE)
     sizes = [WeightsFile.open(tmp_path / name).size_bytes for name in ("with", "without")]
-    assert sizes[0] < 1.01 * sizes[1]
-    assert kl(tmp_path / "with", source) < 0.3 * kl(tmp_path / "without", source)
+    assert sizes[0] < 1.002 * sizes[1]
+    assert kl(tmp_path / "with", source) < 0.2 * kl(tmp_path / "without", source)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -127,14 +127,14 @@ def test_calibrated_file_is_the_model(tmp_path: Path, tied: bool) -> None:
     convert(source, tmp_path / "8", 8, text=SAMPLED)
     fine, coarse = kl(tmp_path / "8", source), kl(tmp_path / "5", source)
     # Three bits are steps of an eighth, and a divergence goes with their square.
-    assert 0 < 20 * fine < coarse < 0.05
+    assert 0 < 36 * fine < coarse < 0.012
 
 
 def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
     source = source_of(tmp_path, WIDE, lively(WIDE))
     convert(source, tmp_path / "out", 4, text=SAMPLED, sparsity=0.4)
     file = WeightsFile.open(tmp_path / "out")
-    assert file.bits_per_weight(block_only=False) == pytest.approx(4, abs=0.05)
+    assert file.bits_per_weight(block_only=False) == pytest.approx(4, abs=0.02)
     for matrix in layout.matrices(WIDE):
         zero = np.mean(decode_matrix(file.matrix(matrix.name)) == 0)
         # At 4 bits, steps are about a third of a row's root mean square: an eighth is zero anyway.
@@ -299,8 +299,8 @@ def test_parts_that_do_nothing_do_no_harm(tmp_path: Path, kill: partial[None]) -
     source = source_of(tmp_path, WIDE, tensors)
     convert(source, tmp_path / "out", 6, text=SAMPLED)
     file = WeightsFile.open(tmp_path / "out")
-    assert 5.8 < file.bits_per_weight(block_only=False) < 6.05  # the probes' trials are but two
-    assert kl(tmp_path / "out", source) < 0.05
+    assert file.bits_per_weight(block_only=False) == pytest.approx(6, abs=0.005)
+    assert kl(tmp_path / "out", source) < 0.01
 
 
 def test_inputs_that_are_always_zero_do_no_harm(tmp_path: Path) -> None:
@@ -311,4 +311,4 @@ def test_inputs_that_are_always_zero_do_no_harm(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][::7] = 0
     source = source_of(tmp_path, WIDE, tensors)
     convert(source, tmp_path / "out", 6, text=SAMPLED)
-    assert kl(tmp_path / "out", source) < 0.05
+    assert kl(tmp_path / "out", source) < 0.004

@@ -41,6 +41,7 @@ def test_in_order_keeps_to_its_budget(budget: int) -> None:
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr(parallel, "_WORTH_PROCESSES", 10)
+    monkeypatch.setattr(parallel, "memory_bytes", lambda: 4 * 10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
@@ -52,7 +53,7 @@ def test_processes_work_in_order_on_what_is_here() -> None:
         time.sleep(0.01 * (size == 9))
         return size, len(known), os.getpid()
 
-    found = list(in_processes(work, [9, 1, 2, 3], size=int, budget=10))
+    found = list(in_processes(work, [9, 1, 2, 3], size=int))
     assert [(size, n) for size, n, _ in found] == [(9, 1), (1, 1), (2, 1), (3, 1)]
     processes = {process for _, _, process in found}
     assert len(processes) <= 2 and os.getpid() not in processes

@@ -9,7 +9,6 @@ is all.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from weights.calibration.calibration import Calibration, calibrate, own_text
 from weights.calibration.text import read_windows
 from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, format_file
-from weights.parallel import in_processes
+from weights.parallel import in_processes, matrix_bytes, memory_bytes
 from weights.quantizers import Plain, Quantizer, Whitened, code, measure, read_fused
 from weights.rates import check_rates, find_constants
 from weights.sources import Source, open_source
@@ -39,16 +38,13 @@ from weights.store import WeightsFile, write_weights
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
 DEFAULT_BITS = 5.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
 DEFAULT_LOG2_STATES = 11
 
-# Of the matrices that are worked on at a time, each of which takes some 9 bytes a weight; a larger
-# one is alone.
-_WEIGHTS_AT_ONCE = 1 << 28
 _SPARSITY_NEEDS = "sparsity needs a calibration: which weights matter is not known"
 
 
@@ -103,7 +99,7 @@ def convert(
     if sparsity and text.tokens == 0:
         raise WeightsError(_SPARSITY_NEEDS)
     matrices = layout.matrices(source.config)
-    each = partial(in_processes, size=_n_weights, budget=_WEIGHTS_AT_ONCE)
+    each = partial(in_processes, size=lambda matrix: matrix_bytes(matrix.rows, matrix.cols))
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     # A core works on its own matrix: products that are threaded too would wait for others.
     with bar, threadpool_limits(1, "blas"):
@@ -157,7 +153,7 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
         task = bar.add_task(description)
         return lambda done, total: bar.update(task, completed=done, total=total)
 
-    if text.file is None and 4 * source.config.n_params > _memory_bytes() // 2:
+    if text.file is None and 4 * source.config.n_params > memory_bytes() // 2:
         print(
             f"{source.name}: not calibrated, for it would write its own text with all of its "
             f"weights in memory, {4e-9 * source.config.n_params:.0f} GB; --calibration takes yours",
@@ -173,18 +169,6 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
     else:
         tokens = read_windows(text.file, encode, n_windows, length)
     return calibrate(source, tokens, folder, progress=shown("calibrating"))
-
-
-def _memory_bytes() -> int:
-    """Of the machine; as good as endless where it does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 1 << 62
-
-
-def _n_weights(matrix: layout.Matrix) -> int:
-    return matrix.rows * matrix.cols
 
 
 def _encode(

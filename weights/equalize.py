@@ -19,7 +19,7 @@ from codec.whiten import inverse_factor, inverse_factor_diagonal, unit_steps
 from model.config import ModelConfig
 from weights import layout
 from weights.calibration.calibration import Calibration
-from weights.parallel import in_processes
+from weights.parallel import in_processes, matrix_bytes
 
 Floats = npt.NDArray[np.float64]
 
@@ -58,7 +58,7 @@ class Equalized:
         # An embedding that is no head too multiplies nothing.
         no_head = None if config.tie_embeddings else layout.EMBEDDING
         read = [m for m in layout.matrices(config) if m.name != no_head]
-        found = in_processes(self._find, read, size=lambda m: m.cols**2)
+        found = in_processes(self._find, read, size=lambda m: matrix_bytes(0, m.cols))
         self._found = {m.name: of_matrix for m, of_matrix in zip(read, found, strict=True)}
 
     def _find(self, matrix: layout.Matrix) -> _Found:

@@ -19,8 +19,8 @@ from engine.errors import EngineError
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Weights to be worked on for which processes are worth their beginning, some 50 ms.
-_WORTH_PROCESSES = 1 << 22
+# Bytes to be worked on for which processes are worth their beginning, some 50 ms.
+_WORTH_PROCESSES = 1 << 26
 
 _forked: Callable[[Any], Any] | None = None  # in a process of `in_processes`: what it calls
 
@@ -48,10 +48,9 @@ def in_processes(
     items: Sequence[T],
     *,
     size: Callable[[T], int],
-    budget: int = 0,
 ) -> Iterator[R]:
-    """`in_order`, in processes where there is work for them, of so many weights by `size`; as many
-    results may wait for one before them as the budget allows.
+    """`in_order`, in processes where there is work for them, by `size` in bytes; what is worked on
+    or waits takes a quarter of the machine's memory.
 
     They are forked: `function` finds all as it is here, but what it changes stays there; items and
     results are pickled. Where processes cannot be forked safely, and that is known only of Linux,
@@ -59,18 +58,33 @@ def in_processes(
     """
     n_workers = min(_workers(), len(items))
     if sys.platform != "linux" or n_workers < 2 or sum(map(size, items)) < _WORTH_PROCESSES:
-        yield from in_order(function, items, size=size, budget=budget)
+        yield from in_order(function, items, size=size, budget=memory_bytes() // 4)
         return
     pool = ProcessPoolExecutor(
         n_workers, get_context("fork"), initializer=_begin, initargs=(function,)
     )
     try:
-        yield from _in_order(pool, len(items), _call, items, size, budget)
+        yield from _in_order(pool, len(items), _call, items, size, memory_bytes() // 4)
     except BrokenProcessPool:
         raise EngineError(
             "a process that worked on a matrix was ended from outside, perhaps because memory ran "
             "out; free some and try again"
         ) from None
+
+
+def matrix_bytes(rows: int, cols: int) -> int:
+    """What it takes at most to quantize and code a matrix: some 9 bytes a weight, and float64
+    copies of what belongs to its inputs.
+    """
+    return 9 * rows * cols + 40 * cols**2
+
+
+def memory_bytes() -> int:
+    """Of the machine; as good as endless where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 1 << 62
 
 
 def _workers(at_most: int | None = None) -> int:

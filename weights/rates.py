@@ -12,7 +12,7 @@ from codec.quantize import Histogram, bisect_constant, predicted_bits
 from engine.errors import WeightsError
 from weights import layout
 from weights.bits import MAX_BITS, MIN_BITS
-from weights.parallel import in_processes
+from weights.parallel import in_processes, matrix_bytes
 from weights.quantizers import Quantizer, code
 
 # Of an embedding and a head whose errors' worth is not known. For the default model at 5 bits,
@@ -88,7 +88,7 @@ def _saved(
         return code(quantizer, matrices[i], c, log2_states, every(i))[1].bits_per_weight
 
     def size(i: int) -> int:
-        return matrices[i].rows // every(i) * matrices[i].cols
+        return matrix_bytes(matrices[i].rows // every(i), matrices[i].cols)
 
     bits = dict(zip(probes, in_processes(taken, probes, size=size), strict=True))
     saved, n_weights = 0.0, 0

@@ -39,7 +39,7 @@ from weights.calibration.statistics import (
 from weights.sources import Source
 
 # To be raised whenever the same source and tokens give other statistics.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 # numpy reads headers with Python's parser, which in Python 3.11 is not safe in threads: once in a
 # while there is a SystemError about an "AST constructor recursion depth mismatch".
