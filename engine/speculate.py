@@ -124,9 +124,9 @@ class Policy:
     # What the last checks took; the least of them counts: a machine that was busy once must
     # not discredit checks for ever.
     _costs: dict[Draft, deque[float]] = field(default_factory=dict)
-    # Of the last submits: (steps, seconds). Several are under way at once and often end at once, so
-    # that only their mean says what a step takes.
+    # Of the last submits: (steps, seconds).
     _steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=16))
+    _resuming: bool = False  # single steps after a check: not yet so many a submit as there may be
 
     _MAX_CREDIT = 4.0
     _CREDIT_PER_STEP = 0.015  # so in the long run 1.5 % are lost at most
@@ -157,14 +157,25 @@ class Policy:
     def stepped(self, n_steps: int, seconds: float) -> None:
         """Single steps were taken."""
         self._steps.append((n_steps, seconds))
-        self.credit = min(self._MAX_CREDIT, self.credit + self._CREDIT_PER_STEP * n_steps)
+        self.credit += self._CREDIT_PER_STEP * n_steps
+        most, least_seconds = self._best_steps()
+        if n_steps == most:
+            self._resuming = False
+        elif self._resuming:  # short submits are slow; without the check there would be none
+            self.credit -= max(0.0, seconds / least_seconds - n_steps)
+        self.credit = min(self._MAX_CREDIT, self.credit)
 
     def checked(self, draft: Draft, n_tokens: int, seconds: float) -> None:
         """A check yielded `n_tokens`, at least the one that a step does."""
         costs = self._costs.setdefault(draft, deque(maxlen=8))
-        n_steps, step_seconds = map(sum, zip(*self._steps, strict=True))
-        costs.append(seconds * n_steps / step_seconds)
+        costs.append(seconds / self._best_steps()[1])
         self.credit = min(self._MAX_CREDIT, self.credit + n_tokens - self._cost(draft))
+        self._resuming = True
+
+    def _best_steps(self) -> tuple[int, float]:
+        """The most steps of a submit, and the least seconds that one of so many has taken."""
+        most = max(n for n, _ in self._steps)
+        return most, min(seconds / n for n, seconds in self._steps if n == most)
 
     def _cost(self, draft: Draft) -> float:
         costs = self._costs.get(draft, ())

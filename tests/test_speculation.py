@@ -330,6 +330,21 @@ def prompt() -> list[int]:
     return tokens
 
 
+def test_slow_submits_after_a_check_are_its_cost() -> None:
+    """Eight steps a submit take 8, the one that begins anew after a check takes 3."""
+    policy = Policy((4, 8))
+    policy.stepped(8, 8.0)
+    policy.stepped(1, 3.0)  # no check was before it
+    full = policy.credit
+    policy.checked(Draft(LOOKUP, 8), 2, 2.0)  # as much as single steps
+    policy.stepped(1, 3.0)
+    assert policy.credit == pytest.approx(full - 2, abs=0.05)
+    policy.stepped(8, 8.0)
+    before = policy.credit
+    policy.stepped(1, 3.0)
+    assert policy.credit > before
+
+
 class Eager(Policy):
     """Checks whatever there is, as large as it may be; notes what was checked."""
 
