@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from engine.errors import EngineError
 from engine.plot import GRID, OTHERS, OURS, figure_of, finish, save
@@ -85,6 +86,7 @@ def _draw_rates(
                 [high - m for m, high in zip(middle, most, strict=True)],
             ]
             axes.errorbar(at, middle, spread, fmt="o-", color=color, label=name, capsize=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     finish(axes, f"{title}: median, slowest and fastest", x, "tokens per second")
 
