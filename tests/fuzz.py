@@ -167,6 +167,7 @@ class Files:
             device=None,
             weights=SimpleNamespace(identity="tiny", source="tiny"),
             cache=SimpleNamespace(
+                kind="f16",
                 shapes=lambda n: {"layers.0.keys": (2, n, 4), "layers.0.values": (2, n, 4)},
                 read=lambda device, n: [
                     (f"layers.0.{part}", np.full((2, n, 4), 7, np.uint32))
