@@ -4,8 +4,7 @@
 //#import state
 //#import rows
 //#import sampling
-
-override lanes: u32;
+//#import best
 
 struct Params {
   n_candidates: u32,
@@ -18,23 +17,11 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> pass_rows: array<PassRow>;
 @group(0) @binding(4) var<storage, read_write> sampled: array<u32>;  // a ring, by n_drawn, of (rows)
 
-var<workgroup> best: array<Candidate, lanes>;
-
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
   let row = group.x;
-  var mine = Candidate(-3.4e38, 0xFFFFFFFFu);
-  for (var i = lane; i < params.n_candidates; i += lanes) {
-    mine = better(mine, candidates[row * params.n_candidates + i]);
-  }
-  best[lane] = mine;
-  workgroupBarrier();
-  for (var stride = lanes / 2u; stride > 0u; stride >>= 1u) {
-    if (lane < stride) { best[lane] = better(best[lane], best[lane + stride]); }
-    workgroupBarrier();
-  }
+  let token = best_token(lane, row);
   if (lane == 0u && row < state.n_tokens) {
-    let token = best[0].token;
     sampled[(pass_rows[row].n_drawn * params.rows + row) % arrayLength(&sampled)] = token;
     state.tokens[row] = token;
     pass_rows[row].pos += 1u;

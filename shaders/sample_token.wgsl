@@ -6,8 +6,8 @@
 
 //#import state
 //#import sampling
+//#import best
 
-override lanes: u32;
 override rows: u32;
 
 struct Params { n_candidates: u32 }
@@ -17,23 +17,13 @@ struct Params { n_candidates: u32 }
 @group(0) @binding(2) var<storage, read_write> state: State;
 @group(0) @binding(3) var<storage, read_write> sampled: array<u32>;  // a ring, by n_sampled
 
-var<workgroup> best: array<Candidate, lanes>;
 var<workgroup> drawn: array<u32, MAX_TOKENS>;
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32) {
   for (var row = 0u; row < rows; row++) {
-    var mine = Candidate(-3.4e38, 0xFFFFFFFFu);
-    for (var i = lane; i < params.n_candidates; i += lanes) {
-      mine = better(mine, candidates[row * params.n_candidates + i]);
-    }
-    best[lane] = mine;
-    workgroupBarrier();
-    for (var stride = lanes / 2u; stride > 0u; stride >>= 1u) {
-      if (lane < stride) { best[lane] = better(best[lane], best[lane + stride]); }
-      workgroupBarrier();
-    }
-    if (lane == 0u) { drawn[row] = best[0].token; }
+    let token = best_token(lane, row);
+    if (lane == 0u) { drawn[row] = token; }
     workgroupBarrier();
   }
   if (lane == 0u) {
