@@ -33,7 +33,8 @@ from engine.bench_kernels import SHAPES, bench_kernels
 from engine.bench_kernels import markdown as kernels_markdown
 from engine.device import Device
 from engine.errors import EngineError
-from engine.generate import CACHES, DEFAULT_CONTEXT, Engine, Stats
+from engine.flags import add_cache
+from engine.generate import DEFAULT_CONTEXT, Engine, Stats
 from engine.profile import markdown as profile_markdown
 from engine.profile import profile
 from weights.bits import parse_bits
@@ -302,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--depth", type=int, nargs="*", default=[0], metavar="N", help="tokens before them (0)")
     add("--repeats", type=int, default=5, metavar="N", help="runs per row (%(default)s)")
     add("--context", type=int, metavar="N", help="positions to make room for")
-    add("--cache", choices=CACHES, default="f16", help="what is kept of each position (f16)")
+    add_cache(parser)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
     add("--speculation", action="store_true", help="tasks with and without guessed tokens")

@@ -24,7 +24,8 @@ from rich.progress import Progress
 
 from engine.compare import Logits, Model, compare
 from engine.errors import EngineError
-from engine.generate import CACHES, Engine
+from engine.flags import add_cache
+from engine.generate import Engine
 from engine.report import Row, as_json, as_markdown
 from engine.tokenizer import Tokenizer
 from model.reference import Reference
@@ -75,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations instead of int8 ones")
-    add("--cache", choices=CACHES, default="f16", help="what is kept of each position (f16)")
+    add_cache(parser)
     add(
         "--activations",
         action="store_true",

@@ -13,9 +13,10 @@ from engine.batch import Batch
 from engine.batch import Sequence as BatchSequence
 from engine.device import Device, Readback
 from engine.errors import DeviceLostError, EngineError, OutOfMemoryError
+from engine.flags import CACHES
 from engine.generation import Generation, Stats
 from engine.kernel import Dispatch
-from engine.memory import Memory, cache_kind, check_room, no_room, planned
+from engine.memory import Memory, Wanted
 from engine.plan import Plan, encode, gpu_seconds, run
 from engine.sampler import RING, Sampler, Sampling
 from engine.session import load_session, save_session
@@ -29,7 +30,6 @@ from weights.cache import resolve
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096
-CACHES = "f16", "int8", "int4"
 
 
 __all__ = ["Engine", "Generation", "Memory", "Stats"]
@@ -74,11 +74,12 @@ class Engine:
         if draft is not None:
             self._check_draft(draft)
             draft_context = min(self.context, draft.config.max_seq_len)
-        check_room(weights, device, self.context, exact, cache, positions)
+        wanted = Wanted(weights, device, self.context, exact, cache, positions)
+        wanted.check_room()
         if announce is not None:
-            plan = planned(weights, device, self.context, exact, cache, positions)
+            plan = wanted.memory()
             if draft is not None:
-                plan += planned(draft, device, draft_context, exact, cache)
+                plan += Wanted(draft, device, draft_context, exact, cache).memory()
             announce(self, plan)
         before = device.allocated_bytes
         try:
@@ -87,12 +88,12 @@ class Engine:
                 weights,
                 self.context,
                 exact=exact,
-                cache=cache_kind(exact, cache),
+                cache=wanted.cache_kind,
                 cache_positions=positions,
             )
         except OutOfMemoryError as error:
             room = device.allocated_bytes - before  # what it gave till then
-            raise no_room(weights, device, self.context, exact, room, cache, positions) from error
+            raise wanted.no_room(room) from error
         weights.release_pages()  # they are on the device now
         self._sampler = Sampler(
             self._model.kernels,
@@ -166,7 +167,8 @@ class Engine:
         self._recorded.clear()
         with suppress(DeviceLostError), self.device.errors():
             self._model.write_state(0, [0])  # raises, where to submit would end the process
-            self.device.queue.submit(recorded)
+            for commands in recorded:
+                self.device.submit(commands)
         if self._draft is not None:
             self._draft.close()
 

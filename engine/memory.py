@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.device import Device
 from engine.errors import DeviceError
@@ -38,85 +38,72 @@ class Memory:
         return f"{total} MB: weights {weights}, cache {cache}, scratch {scratch}"
 
 
-def planned(
-    weights: WeightsFile,
-    device: Device,
-    context: int,
-    exact: bool,
-    cache: str = "f16",
-    cache_positions: int = 0,
-) -> Memory:
-    """About what an engine will take: the cache to the byte, the rest to some 15 %.
-
-    `cache`: its kind, but for exact activations; `cache_positions`: if it has room for more than
-    one context.
+@dataclass(frozen=True)
+class Wanted:
+    """An engine that may be made. `cache`: the kind of it, but for exact activations;
+    `cache_positions`: for how many it has room, if for more than one context.
     """
-    c = weights.config
-    stored = sum(map(weights.stored_bits, weights.matrix_names)) // 8
-    rows = [matrix.rows for matrix in layout.matrices(c)]
-    # Each matrix has tables; rows start at whole chunks of 16 bytes, and beside them lie a
-    # description of each and where it may be entered.
-    tables = len(rows) * (1 << 16 if device.software else 1 << 13)
-    on_device = stored * 21 // 20 + 48 * sum(rows) + tables
-    activations = 4 * MAX_TOKENS * (c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim))
-    rope = 4 * context * c.head_dim * (2 if c.unrotated_layers else 1)
-    prompts = 0
-    if not (exact or weights.lossless):
-        prompts = prompt.scratch_bytes(c, context, software=device.software)
-    positions = max(context, cache_positions)
-    cache_bytes = KVCache.size_bytes(c, positions, cache_kind(exact, cache))
-    return Memory(on_device, cache_bytes, activations + rope + prompts)
 
+    weights: WeightsFile
+    device: Device
+    context: int
+    exact: bool = False
+    cache: str = "f16"
+    cache_positions: int = 0
 
-def check_room(
-    weights: WeightsFile,
-    device: Device,
-    context: int,
-    exact: bool,
-    cache: str = "f16",
-    cache_positions: int = 0,
-) -> None:
-    """DeviceError, before anything is allocated, where it is known that it will not fit."""
-    positions, bits = max(context, cache_positions), KINDS[cache_kind(exact, cache)][0]
-    buffer = KVCache.buffer_bytes(weights.config, positions, bits)
-    if buffer > device.max_binding_bytes:
-        block = KVCache.buffer_bytes(weights.config, BLOCK, bits)
-        raise DeviceError(
-            f"{device.name}: a cache of {positions} positions needs buffers of "
-            f"{buffer / 2**20:.0f} MiB, the adapter allows "
-            f"{device.max_binding_bytes / 2**20:.0f} MiB; "
-            f"{_advice(BLOCK * (device.max_binding_bytes // block))}"
+    @property
+    def cache_kind(self) -> str:
+        """Exact activations keep theirs in f32."""
+        return "f32" if self.exact else self.cache
+
+    @property
+    def positions(self) -> int:
+        return max(self.context, self.cache_positions)
+
+    def memory(self) -> Memory:
+        """About what it will take: the cache to the byte, the rest to some 15 %."""
+        c, weights, software = self.weights.config, self.weights, self.device.software
+        stored = sum(map(weights.stored_bits, weights.matrix_names)) // 8
+        rows = [matrix.rows for matrix in layout.matrices(c)]
+        # Each matrix has tables; rows start at whole chunks of 16 bytes, and beside them lie a
+        # description of each and where it may be entered.
+        tables = len(rows) * (1 << 16 if software else 1 << 13)
+        on_device = stored * 21 // 20 + 48 * sum(rows) + tables
+        activations = 4 * MAX_TOKENS * (c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim))
+        rope = 4 * self.context * c.head_dim * (2 if c.unrotated_layers else 1)
+        prompts = 0
+        if not (self.exact or weights.lossless):
+            prompts = prompt.scratch_bytes(c, self.context, software=software)
+        cache = KVCache.size_bytes(c, self.positions, self.cache_kind)
+        return Memory(on_device, cache, activations + rope + prompts)
+
+    def check_room(self) -> None:
+        """DeviceError, before anything is allocated, where it is known that it will not fit."""
+        c, device, bits = self.weights.config, self.device, KINDS[self.cache_kind][0]
+        buffer = KVCache.buffer_bytes(c, self.positions, bits)
+        if buffer > device.max_binding_bytes:
+            block = KVCache.buffer_bytes(c, BLOCK, bits)
+            raise DeviceError(
+                f"{device.name}: a cache of {self.positions} positions needs buffers of "
+                f"{buffer / 2**20:.0f} MiB, the adapter allows "
+                f"{device.max_binding_bytes / 2**20:.0f} MiB; "
+                f"{_advice(BLOCK * (device.max_binding_bytes // block))}"
+            )
+        free = device.free_bytes()
+        if free is not None and self.memory().total_bytes > free:
+            raise self.no_room(free)
+
+    def no_room(self, room_bytes: int) -> DeviceError:
+        """What to say where the device has room for `room_bytes` only."""
+        c, context = self.weights.config, self.context
+        per_position = KVCache.size_bytes(c, BLOCK, self.cache_kind) // BLOCK + 4 * c.head_dim
+        alone = replace(self, cache_positions=0).memory().total_bytes
+        fixed = alone - context * per_position
+        fits = min(context - 1, max(0, room_bytes - fixed) // per_position // BLOCK * BLOCK)
+        return DeviceError(
+            f"{self.device.name}: no room for {self.weights.path} with a context of {context}: it "
+            f"takes about {self.memory()}; there are {room_bytes / 1e6:,.1f} MB; {_advice(fits)}"
         )
-    free = device.free_bytes()
-    plan = planned(weights, device, context, exact, cache, positions)
-    if free is not None and plan.total_bytes > free:
-        raise no_room(weights, device, context, exact, free, cache, positions)
-
-
-def no_room(
-    weights: WeightsFile,
-    device: Device,
-    context: int,
-    exact: bool,
-    room_bytes: int,
-    cache: str = "f16",
-    cache_positions: int = 0,
-) -> DeviceError:
-    """What to say where the device has room for `room_bytes` only."""
-    c = weights.config
-    plan = planned(weights, device, context, exact, cache, cache_positions)
-    per_position = KVCache.size_bytes(c, BLOCK, cache_kind(exact, cache)) // BLOCK + 4 * c.head_dim
-    fixed = planned(weights, device, context, exact, cache).total_bytes - context * per_position
-    fits = min(context - 1, max(0, room_bytes - fixed) // per_position // BLOCK * BLOCK)
-    return DeviceError(
-        f"{device.name}: no room for {weights.path} with a context of {context}: it takes about "
-        f"{plan}; there are {room_bytes / 1e6:,.1f} MB; {_advice(fits)}"
-    )
-
-
-def cache_kind(exact: bool, cache: str) -> str:
-    """Exact activations keep theirs in f32."""
-    return "f32" if exact else cache
 
 
 def _advice(fits: int) -> str:

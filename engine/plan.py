@@ -41,10 +41,10 @@ class Plan:
             function(handle, *arguments)
 
 
-def encode(encoder: Any, plans: Sequence[Plan]) -> None:
-    """The plans, in order, as one compute pass."""
+def encode(encoder: Any, plans: Sequence[Plan], timestamps: Any = None) -> None:
+    """The plans, in order, as one compute pass, which writes `timestamps` if they are asked for."""
     if plans:
-        compute_pass = encoder.begin_compute_pass()
+        compute_pass = encoder.begin_compute_pass(timestamp_writes=timestamps)
         for plan in plans:
             plan.replay(compute_pass)
         compute_pass.end()
@@ -54,7 +54,7 @@ def run(device: Device, *plans: Plan) -> None:
     """Submit the plans, in order, as one compute pass; does not wait."""
     encoder = device.wgpu.create_command_encoder()
     encode(encoder, plans)
-    device.queue.submit([encoder.finish()])
+    device.submit(encoder.finish())
 
 
 def gpu_seconds(device: Device, *plans: Plan) -> float | None:
@@ -65,17 +65,9 @@ def gpu_seconds(device: Device, *plans: Plan) -> float | None:
     usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
     resolved = device.wgpu.create_buffer(size=16, usage=usage)
     encoder = device.wgpu.create_command_encoder()
-    compute_pass = encoder.begin_compute_pass(
-        timestamp_writes={
-            "query_set": queries,
-            "beginning_of_pass_write_index": 0,
-            "end_of_pass_write_index": 1,
-        }
-    )
-    for plan in plans:
-        plan.replay(compute_pass)
-    compute_pass.end()
+    ends = dict(query_set=queries, beginning_of_pass_write_index=0, end_of_pass_write_index=1)
+    encode(encoder, plans, ends)
     encoder.resolve_query_set(queries, 0, 2, resolved, 0)
-    device.queue.submit([encoder.finish()])
+    device.submit(encoder.finish())
     begin, end = device.read(resolved, np.uint64, (2,))
     return float(end - begin) * 1e-9  # wgpu's timestamps are in nanoseconds

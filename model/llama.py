@@ -17,6 +17,7 @@ from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
 from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output, Then
 from model.kv_cache import KVCache, half_padded
+from model.operations import Operations
 from model.prompt import Prompt
 from weights.store import WeightsFile
 
@@ -103,18 +104,19 @@ class Llama:
 
         # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
         # fill it.
-        self._splits = 1 if device.software else 16
+        self.attention_splits = 1 if device.software else 16
         # A vector's worth on a CPU: of workgroups of 64 that wait for each other in a loop llvmpipe
         # (Mesa 22.3) lost 0.4 MB a launch.
         self.lanes = 8 if device.software else 512 if c.dim >= 2048 else 256
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
         value_lanes = -(-c.head_dim // 4 // 8) * 8
-        self._attention_shape = (max(16, value_lanes), 4) if device.software else (64, 1)
+        self.attention_shape = (max(16, value_lanes), 4) if device.software else (64, 1)
         # Attention may finish a head by itself, a matvec of one token do what comes after it.
-        self._finish = c.head_dim % 32 == 0 and (device.fences or self._splits == 1)
-        self._finish &= self._attention_shape[0] >= c.head_dim // 4
+        self.finishes_heads = c.head_dim % 32 == 0 and (device.fences or self.attention_splits == 1)
+        self.finishes_heads &= self.attention_shape[0] >= c.head_dim // 4
         self._fused = device.fences and self.digits != FLOAT
+        self.operations = Operations(self)
         n, d = MAX_TOKENS, self.digits
         first = self.blocks[0]
         self.state = device.empty("state", 4 * (4 + n))
@@ -122,7 +124,7 @@ class Llama:
         self.xn = Activations.empty(device, "xn", n, d, c.dim)
         self.qkv = first.qkv_proj.output("qkv", n)
         self.partial = device.empty(
-            "attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
+            "attn.partial", 4 * n * c.n_heads * self.attention_splits * (2 * half_padded(c) + 2)
         )
         most = max(n * c.n_heads, -(-c.dim // 32), -(-c.hidden_dim // 32))
         self.arrived = device.empty("arrived", 4 * most)  # counts of heads, or of blocks
@@ -212,40 +214,57 @@ class Llama:
 
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
         n: dict[str, Any] = {"tokens": tokens, "digits": self.digits}
+        do = self.operations
         fused = self._fused and tokens == 1
         eps = self.config.norm_eps if fused else None
         norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
+        before = Output(self.down.buffer, 0)
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
         for i, layer in enumerate(self.blocks):
-            keys, values = self.cache.keys[i], self.cache.values[i]
             if i == 0 or not fused:
-                yield self._rms_norm(self.down if i else None, norms[i], tokens)
+                yield do.rms_norm(tokens, before, norms[i], **self._normed)
+            before = self.down
             yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n, eps=eps if i else None)
             qkv = self.qkv
             if self.qkv_heads is not None:
-                yield self._qkv_heads(layer.qkv_added, self.qkv_heads, tokens)
                 qkv = self.qkv_heads
-            yield self._attention(i, qkv, keys, values, tokens)
-            if not self._finish:
-                yield self._attention_combine(tokens)
+                yield do.qkv_heads(tokens, self.qkv, layer.qkv_added, out=qkv.buffer)
+            yield do.attention(
+                tokens, i, qkv, state=self.state, arrived=self.arrived, **self._attended
+            )
+            if not self.finishes_heads:
+                yield do.attention_combine(tokens, **self._attended)
             norm = layer.post_attention_layernorm
             then = self._then_norm(norm) if fused else None
             yield from layer.o_proj.matvec(self.attn, self.o, **n, then=then)
 
             if not fused:
-                yield self._rms_norm(self.o, norm, tokens)
+                yield do.rms_norm(tokens, self.o, norm, **self._normed)
             # On a GPU it is longer about the counts of so many rows than a launch takes.
             then = self._then_swiglu() if fused and self.device.software else None
             yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, eps=eps, then=then)
             if then is None:
-                yield self._swiglu(tokens)
+                yield do.swiglu(tokens, self.gate_up, out=self.h)
             then = self._then_norm(norms[i + 1]) if fused else None
             yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
+
+    @property
+    def _normed(self) -> dict[str, Any]:
+        """Where norms find and leave what they work on."""
+        return dict(state=self.state, x=self.x, out=self.xn)
+
+    @property
+    def _attended(self) -> dict[str, Any]:
+        """Likewise attention."""
+        return dict(partial=self.partial, out=self.attn, n_splits=self.attention_splits)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
         fused = self._fused and pass_tokens == 1
         if not fused:
-            yield self._rms_norm(self.down, self.norm, tokens, pass_tokens=pass_tokens)
+            last = tokens < pass_tokens
+            yield self.operations.rms_norm(
+                tokens, self.down, self.norm, room=pass_tokens, last=last, **self._normed
+            )
         yield from self.lm_head.matvec(
             self.xn,
             self.logits,
@@ -261,125 +280,6 @@ class Llama:
     def _then_swiglu(self) -> Then:
         # x and the weight have no meaning
         return Then(True, self.config.hidden_dim, self.x, self.norm, self.h, self.arrived)
-
-    def _rms_norm(
-        self, y: Output | None, weight: Any, tokens: int, pass_tokens: int | None = None
-    ) -> Dispatch:
-        """x += y, xn = norm(x); for the head of one token that token is the last of the pass."""
-        pass_tokens = pass_tokens or tokens
-        kernel = self.kernels.get(
-            "rms_norm",
-            lanes=self.lanes,
-            digits=self.digits,
-            dim=self.config.dim,
-            splits=y.splits if y else 0,
-        )
-        return kernel.dispatch(
-            [1, tokens],
-            dict(tokens=pass_tokens, last=int(tokens < pass_tokens), eps=self.config.norm_eps),
-            state=self.state,
-            y=y.buffer if y else self.down.buffer,
-            weight=weight,
-            x=self.x,
-            x_digits=self.xn.digits,
-            x_scale=self.xn.scale,
-        )
-
-    def _qkv_heads(self, weights: Any, heads: Output, tokens: int) -> Dispatch:
-        c = self.config
-        kernel = self.kernels.get(
-            "qkv_heads", biased=c.qkv_bias, normed=c.qk_norm, splits=self.qkv.splits, lanes=32
-        )
-        return kernel.dispatch(
-            [c.n_heads + 2 * c.n_kv_heads, tokens],
-            dict(
-                n_heads=c.n_heads,
-                n_kv_heads=c.n_kv_heads,
-                head_dim=c.head_dim,
-                tokens=tokens,
-                eps=c.norm_eps,
-            ),
-            y=self.qkv.buffer,
-            weights=weights,
-            out=heads.buffer,
-        )
-
-    def _attention(self, layer: int, qkv: Output, keys: Any, values: Any, tokens: int) -> Dispatch:
-        c = self.config
-        lanes, per_lane = self._attention_shape
-        kernel = self.kernels.get(
-            "attention",
-            **self.cache.overrides,
-            splits=qkv.splits,
-            window=c.window(layer) or 0,
-            lanes=lanes,
-            per_lane=per_lane,
-            n_splits=self._splits,
-            finish=self._finish,
-            digits=self.digits,
-            batched=False,
-            paged=False,
-        )
-        return kernel.dispatch(
-            [self._splits, c.n_heads, tokens],
-            dict(
-                n_heads=c.n_heads,
-                n_kv_heads=c.n_kv_heads,
-                head_dim=c.head_dim,
-                half_padded=half_padded(c),
-                max_pos=self.cache.max_pos,
-                tokens=tokens,
-                blocks_per_table=0,
-                scale=c.score_scale,
-            ),
-            state=self.state,
-            pass_rows=self.state,  # no batch: neither this nor the next is read
-            blocks=self.state,
-            y=qkv.buffer,
-            rope=self.turns(layer),
-            k_cache=keys,
-            v_cache=values,
-            partial=self.partial,
-            arrived=self.arrived,
-            x_digits=self.attn.digits,
-            x_scale=self.attn.scale,
-        )
-
-    def _attention_combine(self, tokens: int) -> Dispatch:
-        c = self.config
-        n_blocks = -(-c.q_dim // 32)
-        kernel = self.kernels.get(
-            "attention_combine", lanes=self.lanes, digits=self.digits, n_splits=self._splits
-        )
-        return kernel.dispatch(
-            [-(-n_blocks * 8 // self.lanes), tokens],
-            dict(
-                n_heads=c.n_heads,
-                head_dim=c.head_dim,
-                half_padded=half_padded(c),
-                n_blocks=n_blocks,
-            ),
-            partial=self.partial,
-            x_digits=self.attn.digits,
-            x_scale=self.attn.scale,
-        )
-
-    def _swiglu(self, tokens: int) -> Dispatch:
-        n_blocks = -(-self.config.hidden_dim // 32)
-        kernel = self.kernels.get(
-            "swiglu", lanes=self.lanes, digits=self.digits, splits=self.gate_up.splits
-        )
-        return kernel.dispatch(
-            [-(-n_blocks * 8 // self.lanes), tokens],
-            dict(
-                hidden_dim=self.config.hidden_dim,
-                n_blocks=n_blocks,
-                tokens=tokens,
-            ),
-            y=self.gate_up.buffer,
-            x_digits=self.h.digits,
-            x_scale=self.h.scale,
-        )
 
 
 def rope_table(

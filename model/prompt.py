@@ -15,7 +15,14 @@ import numpy as np
 from engine.kernel import Dispatch
 from engine.plan import Plan
 from model.config import ModelConfig
-from model.gpu_matrix import UNIFORM_BLOCKS, Activations, GpuMatrix, Step, uniform_tokens
+from model.gpu_matrix import (
+    UNIFORM_BLOCKS,
+    Activations,
+    GpuMatrix,
+    Output,
+    Step,
+    uniform_tokens,
+)
 from model.kv_cache import BLOCK, half_padded
 from weights import layout
 
@@ -110,7 +117,7 @@ class Prompt:
         self._layer_steps: dict[bool, list[Step]] = {False: list(self._layers(paged=False))}
         self._plans: dict[tuple[int, bool], list[Plan]] = {}
         self.last_head = Plan(self._last_head())
-        self._norm = self._rms_norm(self.down, model.norm)
+        self._norm = self._rms_norm(Output(self.down, 1), model.norm, self.xn)
 
     @staticmethod
     def fits(model: Llama) -> bool:
@@ -165,59 +172,44 @@ class Prompt:
         for ours, theirs, block_bytes in pairs:
             size = n_blocks * block_bytes
             encoder.copy_buffer_to_buffer(ours, first * size, theirs, 0, tokens * size)
-        device.queue.submit([encoder.finish()])
+        device.submit(encoder.finish())
 
     def _layers(self, paged: bool) -> Iterator[Step]:
-        m = self._model
-        previous = None
+        m, do, room = self._model, self._model.operations, self.max_tokens
+        before = Output(self.down, 0)
         for dispatch in m.embed_tokens.embed(self.state, self.x, tokens=1):
             yield Step(dispatch, 1)
         for i, layer in enumerate(m.blocks):
             keys, values = m.cache.keys[i], m.cache.values[i]
-            yield self._rms_norm(previous, layer.input_layernorm)
+            yield self._rms_norm(before, layer.input_layernorm, self.xn)
+            before = Output(self.down, 1)
             yield from layer.qkv_proj.matmul(self.xn, self.qkv, self.bytes)
             qkv = self.qkv
             if self.qkv_heads is not None:
-                yield self._qkv_heads(layer.qkv_added)
-                qkv = self.qkv_heads
+                y, qkv = Output(self.qkv, 1), self.qkv_heads
+                yield Step(do.qkv_heads(1, y, layer.qkv_added, out=qkv, room=room), 1)
             yield self._cache_write(i, qkv, keys, values, paged)
             yield self._attention(i, qkv, keys, values, paged)
-            yield self._attention_combine()
+            splits = dict(partial=self.partial, n_splits=self._splits)
+            yield Step(do.attention_combine(1, out=self.attn, **splits), 1)
             yield from layer.o_proj.matmul(self.attn, self.o, self.bytes)
 
-            yield self._rms_norm(self.o, layer.post_attention_layernorm)
+            o = Output(self.o, 1)
+            yield self._rms_norm(o, layer.post_attention_layernorm, self.xn)
             yield from layer.gate_up_proj.matmul(self.xn, self.gate_up, self.bytes)
-            yield self._swiglu()
+            yield Step(do.swiglu(1, Output(self.gate_up, 1), out=self.h, room=room), 1)
             yield from layer.down_proj.matmul(self.h, self.down, self.bytes)
-            previous = self.down
 
     def _last_head(self) -> Iterator[Dispatch]:
         m = self._model
-        yield self._rms_norm(self.down, m.norm, out=m.xn, last=1).of(1)
+        yield self._rms_norm(Output(self.down, 1), m.norm, m.xn, last=True).of(1)
         yield from m.lm_head.matvec(m.xn, m.logits, tokens=1, digits=1)
 
-    def _rms_norm(self, y: Any, weight: Any, out: Activations | None = None, last: int = 0) -> Step:
-        out = out or self.xn
-        kernel = self.kernels.get(
-            "rms_norm",
-            lanes=self._model.lanes,
-            digits=1,
-            dim=self.config.dim,
-            splits=0 if y is None else 1,
+    def _rms_norm(self, y: Output, weight: Any, out: Activations, last: bool = False) -> Step:
+        norm = self._model.operations.rms_norm(
+            1, y, weight, state=self.state, x=self.x, out=out, room=self.max_tokens, last=last
         )
-        return Step(
-            kernel.dispatch(
-                [1, 1],
-                dict(tokens=self.max_tokens, last=last, eps=self.config.norm_eps),
-                state=self.state,
-                y=self.down if y is None else y,
-                weight=weight,
-                x=self.x,
-                x_digits=out.digits,
-                x_scale=out.scale,
-            ),
-            1,
-        )
+        return Step(norm, 1)
 
     @property
     def _heads(self) -> dict[str, int]:
@@ -229,28 +221,6 @@ class Prompt:
             half_padded=half_padded(c),
             max_pos=self._model.cache.max_pos,
             blocks_per_table=0,  # there is one
-        )
-
-    def _qkv_heads(self, weights: Any) -> Step:
-        c = self.config
-        kernel = self.kernels.get(
-            "qkv_heads", biased=c.qkv_bias, normed=c.qk_norm, splits=1, lanes=32
-        )
-        return Step(
-            kernel.dispatch(
-                [c.n_heads + 2 * c.n_kv_heads, 1],
-                dict(
-                    n_heads=c.n_heads,
-                    n_kv_heads=c.n_kv_heads,
-                    head_dim=c.head_dim,
-                    tokens=self.max_tokens,
-                    eps=c.norm_eps,
-                ),
-                y=self.qkv,
-                weights=weights,
-                out=self.qkv_heads,
-            ),
-            1,
         )
 
     def _cache_write(self, layer: int, qkv: Any, keys: Any, values: Any, paged: bool) -> Step:
@@ -298,39 +268,4 @@ class Prompt:
                 partial=self.partial,
             ),
             self._attention_tokens,
-        )
-
-    def _attention_combine(self) -> Step:
-        c, lanes = self.config, self._model.lanes
-        n_blocks = -(-c.q_dim // 32)
-        kernel = self.kernels.get("attention_combine", lanes=lanes, digits=1, n_splits=self._splits)
-        return Step(
-            kernel.dispatch(
-                [-(-n_blocks * 8 // lanes), 1],
-                dict(
-                    n_heads=c.n_heads,
-                    head_dim=c.head_dim,
-                    half_padded=half_padded(c),
-                    n_blocks=n_blocks,
-                ),
-                partial=self.partial,
-                x_digits=self.attn.digits,
-                x_scale=self.attn.scale,
-            ),
-            1,
-        )
-
-    def _swiglu(self) -> Step:
-        lanes, hidden_dim = self._model.lanes, self.config.hidden_dim
-        n_blocks = -(-hidden_dim // 32)
-        kernel = self.kernels.get("swiglu", lanes=lanes, digits=1, splits=1)
-        return Step(
-            kernel.dispatch(
-                [-(-n_blocks * 8 // lanes), 1],
-                dict(hidden_dim=hidden_dim, n_blocks=n_blocks, tokens=self.max_tokens),
-                y=self.gate_up,
-                x_digits=self.h.digits,
-                x_scale=self.h.scale,
-            ),
-            1,
         )

@@ -53,7 +53,6 @@ class Rows:
     def __init__(self, model: Llama, most: int, matvec_rows: int = MATVEC_ROWS) -> None:
         self._model = model
         self.config = c = model.config
-        self.kernels = model.kernels
         device = model.device
         prompt = model.prompt
         self.matvec_rows = min(matvec_rows, MATVEC_ROWS)
@@ -86,7 +85,7 @@ class Rows:
         self.qkv_heads: Any = None
         if c.qkv_bias or c.qk_norm:
             self.qkv_heads = device.empty("batch.qkv_heads", 4 * n * layer.qkv_proj.rows)
-        partial = n * c.n_heads * model._splits * (2 * half_padded(c) + 2)
+        partial = n * c.n_heads * model.attention_splits * (2 * half_padded(c) + 2)
         self.partial = device.empty("batch.attn.partial", 4 * partial)
         self.arrived = device.empty("batch.arrived", 4 * n * c.n_heads)
         self.attn = activations("attn", c.q_dim)
@@ -122,36 +121,58 @@ class Rows:
         return self._plans[bucket]
 
     def _step(self, n: int) -> Iterator[Dispatch]:
-        m = self._model
+        m, do = self._model, self._model.operations
+        room = self._tokens(n)
+        normed: dict[str, Any] = dict(state=self.state, x=self.x, out=self.xn, room=room)
+        attended: dict[str, Any] = dict(
+            partial=self.partial, out=self.attn, n_splits=self._attention_splits(n)
+        )
+        before = Output(self.down.buffer, 0)
         yield from m.embed_tokens.embed(self.state, self.x, tokens=n)
-        before = None
         for i, layer in enumerate(m.blocks):
-            yield self._rms_norm(before, layer.input_layernorm, n)
+            yield do.rms_norm(n, before, layer.input_layernorm, **normed)
+            before = self._output(self.down, n)
             yield from self._multiply(layer.qkv_proj, self.xn, self.qkv, n)
+            qkv = self._output(self.qkv, n)
             if self.qkv_heads is not None:
-                yield self._qkv_heads(layer.qkv_added, n)
-            yield self._attention(i, n)
-            if not m._finish:
-                yield self._attention_combine(n)
+                yield do.qkv_heads(n, qkv, layer.qkv_added, out=self.qkv_heads, room=room)
+                qkv = Output(self.qkv_heads, 1)
+            yield do.attention(
+                n,
+                i,
+                qkv,
+                state=self.state,
+                arrived=self.arrived,
+                room=room,
+                pass_rows=self.pass_rows,
+                blocks=self.blocks,
+                blocks_per_table=self._blocks_per_table,
+                **attended,
+            )
+            if not m.finishes_heads:
+                yield do.attention_combine(n, **attended)
             yield from self._multiply(layer.o_proj, self.attn, self.o, n)
 
-            yield self._rms_norm(self.o, layer.post_attention_layernorm, n)
+            o = self._output(self.o, n)
+            yield do.rms_norm(n, o, layer.post_attention_layernorm, **normed)
             yield from self._multiply(layer.gate_up_proj, self.xn, self.gate_up, n)
-            yield self._swiglu(n)
+            yield do.swiglu(n, self._output(self.gate_up, n), out=self.h, room=room)
             yield from self._multiply(layer.down_proj, self.h, self.down, n)
-            before = self.down
-        yield self._rms_norm(before, m.norm, n)
+        yield do.rms_norm(n, before, m.norm, **normed)
         yield from self._multiply(m.lm_head, self.xn, self.logits, n)
+
+    def _output(self, y: _Product, n: int) -> Output:
+        return Output(y.buffer, self._splits(y.matrix, n))
 
     def _multiply(
         self, matrix: GpuMatrix, x: Activations, y: _Product, n: int
     ) -> Iterator[Dispatch]:
-        m, splits = self._model, self._splits(matrix, n)
+        m = self._model
         if n <= self.matvec_rows:
-            yield from matrix.matvec(x, Output(y.buffer, splits), tokens=n, digits=m.digits)
+            yield from matrix.matvec(x, self._output(y, n), tokens=n, digits=m.digits)
         else:
             assert m.prompt is not None
-            few = n <= _FEW_ROWS
+            splits, few = self._splits(matrix, n), n <= _FEW_ROWS
             for step in matrix.matmul(x, y.buffer, m.prompt.bytes, splits=splits, few=few):
                 yield step.of(n)
 
@@ -168,127 +189,9 @@ class Rows:
         tile = _FEW_ROWS if n <= _FEW_ROWS else 2 * _FEW_ROWS
         return -(-n // tile) * tile
 
-    def _rms_norm(self, y: _Product | None, weight: Any, n: int) -> Dispatch:
-        c, m = self.config, self._model
-        splits = self._splits(y.matrix, n) if y else 0
-        kernel = self.kernels.get(
-            "rms_norm", lanes=m.lanes, digits=m.digits, dim=c.dim, splits=splits
-        )
-        return kernel.dispatch(
-            [1, n],
-            dict(tokens=self._tokens(n), last=0, eps=c.norm_eps),
-            state=self.state,
-            y=y.buffer if y else self.down.buffer,
-            weight=weight,
-            x=self.x,
-            x_digits=self.xn.digits,
-            x_scale=self.xn.scale,
-        )
-
-    def _qkv_heads(self, weights: Any, n: int) -> Dispatch:
-        c = self.config
-        kernel = self.kernels.get(
-            "qkv_heads",
-            biased=c.qkv_bias,
-            normed=c.qk_norm,
-            splits=self._splits(self.qkv.matrix, n),
-            lanes=32,
-        )
-        return kernel.dispatch(
-            [c.n_heads + 2 * c.n_kv_heads, n],
-            dict(
-                n_heads=c.n_heads,
-                n_kv_heads=c.n_kv_heads,
-                head_dim=c.head_dim,
-                tokens=self._tokens(n),
-                eps=c.norm_eps,
-            ),
-            y=self.qkv.buffer,
-            weights=weights,
-            out=self.qkv_heads,
-        )
-
-    def _attention(self, layer: int, n: int) -> Dispatch:
-        c, m = self.config, self._model
-        lanes, per_lane = m._attention_shape
-        whole = self.qkv_heads is not None
-        kernel = self.kernels.get(
-            "attention",
-            **m.cache.overrides,
-            splits=1 if whole else self._splits(self.qkv.matrix, n),
-            window=c.window(layer) or 0,
-            lanes=lanes,
-            per_lane=per_lane,
-            n_splits=self._attention_splits(n),
-            finish=m._finish,
-            digits=m.digits,
-            batched=True,
-            paged=True,
-        )
-        return kernel.dispatch(
-            [self._attention_splits(n), c.n_heads, n],
-            dict(
-                n_heads=c.n_heads,
-                n_kv_heads=c.n_kv_heads,
-                head_dim=c.head_dim,
-                half_padded=half_padded(c),
-                max_pos=m.cache.max_pos,
-                tokens=self._tokens(n),
-                blocks_per_table=self._blocks_per_table,
-                scale=c.score_scale,
-            ),
-            state=self.state,
-            pass_rows=self.pass_rows,
-            blocks=self.blocks,
-            y=self.qkv_heads if whole else self.qkv.buffer,
-            rope=m.turns(layer),
-            k_cache=m.cache.keys[layer],
-            v_cache=m.cache.values[layer],
-            partial=self.partial,
-            arrived=self.arrived,
-            x_digits=self.attn.digits,
-            x_scale=self.attn.scale,
-        )
-
     def _attention_splits(self, n: int) -> int:
         """Of positions. Up to matvec_rows as of one sequence alone, so that sums round alike."""
-        most = self._model._splits
+        most = self._model.attention_splits
         if n <= self.matvec_rows:
             return most
         return min(most, -(-_ATTENTION_GROUPS // (n * self.config.n_heads)))
-
-    def _attention_combine(self, n: int) -> Dispatch:
-        c, m = self.config, self._model
-        n_blocks = -(-c.q_dim // 32)
-        kernel = self.kernels.get(
-            "attention_combine",
-            lanes=m.lanes,
-            digits=m.digits,
-            n_splits=self._attention_splits(n),
-        )
-        return kernel.dispatch(
-            [-(-n_blocks * 8 // m.lanes), n],
-            dict(
-                n_heads=c.n_heads,
-                head_dim=c.head_dim,
-                half_padded=half_padded(c),
-                n_blocks=n_blocks,
-            ),
-            partial=self.partial,
-            x_digits=self.attn.digits,
-            x_scale=self.attn.scale,
-        )
-
-    def _swiglu(self, n: int) -> Dispatch:
-        c, m = self.config, self._model
-        n_blocks = -(-c.hidden_dim // 32)
-        kernel = self.kernels.get(
-            "swiglu", lanes=m.lanes, digits=m.digits, splits=self._splits(self.gate_up.matrix, n)
-        )
-        return kernel.dispatch(
-            [-(-n_blocks * 8 // m.lanes), n],
-            dict(hidden_dim=c.hidden_dim, n_blocks=n_blocks, tokens=self._tokens(n)),
-            y=self.gate_up.buffer,
-            x_digits=self.h.digits,
-            x_scale=self.h.scale,
-        )

@@ -26,7 +26,7 @@ from wgpu.backends.wgpu_native._api import libf
 from engine.device import Device, Readback
 from engine.errors import DeviceError, EngineError
 from engine.generate import Engine, Generation
-from engine.memory import planned
+from engine.memory import Wanted
 from engine.sampler import Sampling
 from model.config import ModelConfig
 from model.reference import Reference, sampling_scores
@@ -413,13 +413,13 @@ def test_nothing_is_submitted_while_a_mapping_is_pending(
     """
     engine = exact("gpu")
     buffers = [readback._buffer for readback in engine._readbacks]
-    submit, states = type(engine.device.queue).submit, set()
+    submit, states = Device.submit, set()
 
-    def checked(self: Any, commands: Any) -> None:
+    def checked(self: Device, commands: Any) -> int:
         states.update(buffer.map_state for buffer in buffers)
-        submit(self, commands)
+        return submit(self, commands)
 
-    monkeypatch.setattr(type(engine.device.queue), "submit", checked)
+    monkeypatch.setattr(Device, "submit", checked)
     list(engine.generate(tokens[:140], 30, stop_ids=()))
     assert states == {"unmapped"}
 
@@ -586,8 +586,8 @@ def test_a_device_without_room_is_told_what_fits(
 ) -> None:
     """Before anything is allocated where the free memory is known, otherwise when it runs out."""
     weights, device = files["plain"], open_device("software")
-    plan = planned(weights, device, 640, exact=True)
-    fewer = planned(weights, device, 144, exact=True)
+    plan = Wanted(weights, device, 640, exact=True).memory()
+    fewer = Wanted(weights, device, 144, exact=True).memory()
     per_position = (plan.total_bytes - fewer.total_bytes) // 496
     monkeypatch.setattr(device, "free_bytes", lambda: plan.total_bytes - 96 * per_position)
     with pytest.raises(DeviceError, match=r"takes about .* MB: weights .*use --context 544 or "):
@@ -621,7 +621,8 @@ def test_the_plan_is_near_what_is_allocated(
     files: dict[str, WeightsFile], open_engine: Callable[..., Engine], adapter: str, exact: bool
 ) -> None:
     engine = open_engine(adapter, "awkward", exact=exact)
-    plan, found = planned(files["awkward"], engine.device, CONTEXT, exact), engine.memory()
+    wanted = Wanted(files["awkward"], engine.device, CONTEXT, exact)
+    plan, found = wanted.memory(), engine.memory()
     assert plan.cache_bytes == found.cache_bytes
     assert plan.total_bytes == pytest.approx(found.total_bytes, rel=0.35)  # so small a model
 

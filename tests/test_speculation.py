@@ -262,7 +262,7 @@ def test_checks_draw_from_the_softmax(kernels: Kernels) -> None:
         compute_pass.end()
         encoder.copy_buffer_to_buffer(sampler.sampled, 0, rings, 16 * i, 16)
         encoder.copy_buffer_to_buffer(state, 8, counts, 4 * i, 4)
-    device.queue.submit([encoder.finish()])
+    device.submit(encoder.finish())
     drawn = device.read(rings, np.uint32, (n_checks, 4))
     assert_softmax(p, drawn, device.read(counts, np.uint32, (n_checks,)))
 

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 
+from engine.flags import add_cache
 from weights.bits import parse_bits
 
 
@@ -26,8 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "full context: end the answer (stop), or read its latest half again and go on (slide)"
     )
     add("--overflow", choices=("stop", "slide"), default="stop", help=overflow)
-    kept = "what is kept of each position: 16 bits, 8, or 8 of keys and 4 of values (f16)"
-    add("--cache", choices=("f16", "int8", "int4"), default="f16", help=kept)
+    add_cache(parser)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--draft", metavar="MODEL", help="a smaller model of the same family that guesses for it")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")

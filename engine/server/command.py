@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.errors import EngineError
+from engine.flags import add_cache
 from weights.bits import parse_bits
 
 _KEY = "ANSWER_API_KEY"
@@ -55,8 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=_from(1), metavar="N", help="tokens of a prompt and its answer together")
     positions = "tokens that the cache holds of all answers together (the context)"
     add("--cache-positions", type=_from(1), metavar="N", help=positions)
-    kept = "what is kept of each position: 16 bits, 8, or 8 of keys and 4 of values (f16)"
-    add("--cache", choices=("f16", "int8", "int4"), default="f16", help=kept)
+    add_cache(parser)
     add("--adapter", metavar="NAME", help="GPU to run on: its number or part of its name")
     add("--exact", action="store_true", help="float32 activations: slower, true to the weights")
     return parser

@@ -1,0 +1,170 @@
+"""The launches of a block beside its products, one kernel each: passes of short texts, of prompts
+and of rows (model/llama.py, prompt.py, rows.py) record them alike, with buffers of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from engine.kernel import Dispatch, Kernels
+from model.gpu_matrix import Activations, Output
+from model.kv_cache import half_padded
+
+if TYPE_CHECKING:
+    from model.llama import Llama
+
+
+class Operations:
+    """Of one model. `tokens` are those that get workgroups, `room` is for how many a split of y has
+    room, where these are more.
+    """
+
+    def __init__(self, model: Llama) -> None:
+        self._model, self._config = model, model.config
+        self._kernels: Kernels = model.kernels
+
+    def rms_norm(
+        self,
+        tokens: int,
+        y: Output,
+        weight: Any,
+        *,
+        state: Any,
+        x: Any,
+        out: Activations,
+        room: int | None = None,
+        last: bool = False,
+    ) -> Dispatch:
+        """x += y, of which there may be no split, and out = norm(x); with `last` of the pass's last
+        token alone.
+        """
+        c, m = self._config, self._model
+        kernel = self._kernels.get(
+            "rms_norm", lanes=m.lanes, digits=m.digits, dim=c.dim, splits=y.splits
+        )
+        return kernel.dispatch(
+            [1, tokens],
+            dict(tokens=room or tokens, last=int(last), eps=c.norm_eps),
+            state=state,
+            y=y.buffer,
+            weight=weight,
+            x=x,
+            x_digits=out.digits,
+            x_scale=out.scale,
+        )
+
+    def qkv_heads(
+        self, tokens: int, y: Output, weights: Any, *, out: Any, room: int | None = None
+    ) -> Dispatch:
+        """Biases and head norms of q, k and v."""
+        c = self._config
+        kernel = self._kernels.get(
+            "qkv_heads", biased=c.qkv_bias, normed=c.qk_norm, splits=y.splits, lanes=32
+        )
+        return kernel.dispatch(
+            [c.n_heads + 2 * c.n_kv_heads, tokens],
+            dict(
+                n_heads=c.n_heads,
+                n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
+                tokens=room or tokens,
+                eps=c.norm_eps,
+            ),
+            y=y.buffer,
+            weights=weights,
+            out=out,
+        )
+
+    def attention(
+        self,
+        tokens: int,
+        layer: int,
+        qkv: Output,
+        *,
+        state: Any,
+        partial: Any,
+        arrived: Any,
+        out: Activations,
+        n_splits: int,
+        room: int | None = None,
+        pass_rows: Any = None,
+        blocks: Any = None,
+        blocks_per_table: int = 0,
+    ) -> Dispatch:
+        """With `pass_rows` and `blocks` of rows with places of their own, else of one sequence."""
+        c, m = self._config, self._model
+        lanes, per_lane = m.attention_shape
+        batched = pass_rows is not None
+        kernel = self._kernels.get(
+            "attention",
+            **m.cache.overrides,
+            splits=qkv.splits,
+            window=c.window(layer) or 0,
+            lanes=lanes,
+            per_lane=per_lane,
+            n_splits=n_splits,
+            finish=m.finishes_heads,
+            digits=m.digits,
+            batched=batched,
+            paged=batched,
+        )
+        return kernel.dispatch(
+            [n_splits, c.n_heads, tokens],
+            dict(
+                n_heads=c.n_heads,
+                n_kv_heads=c.n_kv_heads,
+                head_dim=c.head_dim,
+                half_padded=half_padded(c),
+                max_pos=m.cache.max_pos,
+                tokens=room or tokens,
+                blocks_per_table=blocks_per_table,
+                scale=c.score_scale,
+            ),
+            state=state,
+            pass_rows=pass_rows if batched else state,  # else neither this nor the next is read
+            blocks=blocks if batched else state,
+            y=qkv.buffer,
+            rope=m.turns(layer),
+            k_cache=m.cache.keys[layer],
+            v_cache=m.cache.values[layer],
+            partial=partial,
+            arrived=arrived,
+            x_digits=out.digits,
+            x_scale=out.scale,
+        )
+
+    def attention_combine(
+        self, tokens: int, *, partial: Any, out: Activations, n_splits: int
+    ) -> Dispatch:
+        """What attention has left in splits."""
+        c, m = self._config, self._model
+        n_blocks = -(-c.q_dim // 32)
+        kernel = self._kernels.get(
+            "attention_combine", lanes=m.lanes, digits=m.digits, n_splits=n_splits
+        )
+        return kernel.dispatch(
+            [-(-n_blocks * 8 // m.lanes), tokens],
+            dict(
+                n_heads=c.n_heads,
+                head_dim=c.head_dim,
+                half_padded=half_padded(c),
+                n_blocks=n_blocks,
+            ),
+            partial=partial,
+            x_digits=out.digits,
+            x_scale=out.scale,
+        )
+
+    def swiglu(
+        self, tokens: int, y: Output, *, out: Activations, room: int | None = None
+    ) -> Dispatch:
+        c, m = self._config, self._model
+        n_blocks = -(-c.hidden_dim // 32)
+        kernel = self._kernels.get("swiglu", lanes=m.lanes, digits=m.digits, splits=y.splits)
+        return kernel.dispatch(
+            [-(-n_blocks * 8 // m.lanes), tokens],
+            dict(hidden_dim=c.hidden_dim, n_blocks=n_blocks, tokens=room or tokens),
+            y=y.buffer,
+            x_digits=out.digits,
+            x_scale=out.scale,
+        )
