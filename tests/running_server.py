@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import openai
+import pytest
 import tokenizers
 from tiny_model import CONFIG, SPECIAL, random_source
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -97,6 +99,17 @@ class Running:
         while self.metric("answer_sequences"):
             assert time.monotonic() < end
             time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("server") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def running(weights: Path) -> Iterator[Running]:
+    with Running(weights, max_sequences=8, max_waiting=24) as running:
+        yield running
 
 
 def says(text: str) -> dict[str, Any]:

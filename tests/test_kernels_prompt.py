@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_layout import pack, unpack
-from test_kernels import (
+from kernel_checks import (
     F32,
     HEADS,
     MATRICES,
+    attention_error,
     check_quantized,
     coded,
     digit_activations,
     read_activations,
 )
-from test_kernels import kernels as kernels
-from test_kernels import rng as rng
+from kernel_checks import kernels as kernels
+from kernel_checks import rng as rng
 
 from codec.classes import device_order
 from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
@@ -295,7 +296,6 @@ def test_cache_write_and_attention_prompt(
     assert (got_k[untouched] == past[0][untouched]).all()
     assert (got_v[untouched] == past[1][untouched]).all()
 
-    # As test_rope_cache_and_attention derives it.
     want = reference.attention(
         want_q,
         got_k.astype(np.float64),
@@ -304,11 +304,7 @@ def test_cache_write_and_attention_prompt(
         window=window or None,
     )
     n_pos = pos + n_tokens
-    largest = np.abs(got_v[:n_pos]).max()
-    score_per_query = np.abs(got_k[:n_pos]).max() * head_dim**0.5
-    score = np.abs(want_q).max() * score_per_query
-    error = 12 * size * score_per_query + (head_dim + 4) * score
-    error = 2 * largest * F32 * (error + 2 * (3 + 2 * score) + 2 * n_pos + 64)
+    error = attention_error(size, want_q, got_k[:n_pos], got_v[:n_pos])
     parts = device.read(partial, np.float32, nothing.shape)
     assert np.isnan(parts[n_tokens:]).all()
     digits = read_activations(device, out, room, 1, n_heads * head_dim)

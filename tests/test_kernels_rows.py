@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from cache_layout import pack, unpack
-from test_kernels import F32, check_quantized, read_activations
-from test_kernels import kernels as kernels
-from test_kernels import rng as rng
+from kernel_checks import F32, attend, attention_error, check_quantized, read_activations
+from kernel_checks import kernels as kernels
+from kernel_checks import rng as rng
 
 from engine.kernel import Kernels, shader_source
-from engine.plan import Plan, run
+from engine.plan import run
 from engine.sampler import STEPS, BatchSampler, Sampling
 from model import reference
 from model.gpu_matrix import Activations
@@ -80,54 +80,43 @@ def test_attention_of_several_sequences(
     rows[:n, 0], rows[:n, 2] = [pos for _, pos in PLACES], firsts
     of_rows = np.append(tables[[s for s, _ in PLACES]].ravel(), np.zeros(64 + per_table))
     keys, values = (device.upload(f"cache {i}", packed[i]) for i in range(2))
-    partial = device.empty("partial", 4 * (n + 1) * n_heads * n_splits * (head_dim + 2))
     out = Activations.empty(device, "attn", n + 1, 3, n_heads * head_dim)
-    finish &= lanes >= head_dim // 4
-    n_blocks = -(-n_heads * head_dim // 32)
-    sizes = dict(n_heads=n_heads, head_dim=head_dim, half_padded=head_dim // 2)
-    attention = kernels.get(
-        "attention",
-        key_bits=KINDS[cache][0],
-        value_bits=KINDS[cache][1],
-        splits=1,
-        window=window,
-        lanes=lanes,
-        per_lane=per_lane,
-        n_splits=n_splits,
-        finish=finish,
-        digits=3,
-        batched=True,
-        paged=True,
-    ).dispatch(
-        [n_splits, n_heads, n + 1],
-        dict(
-            n_kv_heads=n_kv_heads,
-            max_pos=n_positions,
-            tokens=n + 1,
-            blocks_per_table=per_table,
-            scale=head_dim**-0.5,
-            **sizes,
+    attend(
+        kernels,
+        n + 1,
+        out,
+        overrides=dict(
+            key_bits=KINDS[cache][0],
+            value_bits=KINDS[cache][1],
+            splits=1,
+            window=window,
+            lanes=lanes,
+            per_lane=per_lane,
+            n_splits=n_splits,
+            finish=finish and lanes >= head_dim // 4,
+            batched=True,
+            paged=True,
         ),
-        state=state,
-        pass_rows=device.upload("pass_rows", rows),
-        blocks=device.upload("blocks", of_rows.astype(np.uint32)),
-        y=device.upload("y", y),
-        rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
-        k_cache=keys,
-        v_cache=values,
-        partial=partial,
-        arrived=device.empty("arrived", 4 * (n + 1) * n_heads),
-        x_digits=out.digits,
-        x_scale=out.scale,
+        params=dict(
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            half_padded=head_dim // 2,
+            max_pos=n_positions,
+            blocks_per_table=per_table,
+        ),
+        rows_to_combine=n,
+        partial=device.empty("partial", 4 * (n + 1) * n_heads * n_splits * (head_dim + 2)),
+        buffers=dict(
+            state=state,
+            pass_rows=device.upload("pass_rows", rows),
+            blocks=device.upload("blocks", of_rows.astype(np.uint32)),
+            y=device.upload("y", y),
+            rope=device.upload("rope", rope_table(max_pos, head_dim, theta)),
+            k_cache=keys,
+            v_cache=values,
+        ),
     )
-    combine = kernels.get("attention_combine", lanes=64, digits=3, n_splits=n_splits).dispatch(
-        [-(-n_blocks * 8 // 64), n],
-        dict(n_blocks=n_blocks, **sizes),
-        partial=partial,
-        x_digits=out.digits,
-        x_scale=out.scale,
-    )
-    run(device, Plan([attention] if finish else [attention, combine]))
 
     (got_k, step_k), (got_v, step_v) = (
         unpack(device.read(buffer, np.uint32, words.shape), shape, bits)
@@ -159,11 +148,7 @@ def test_attention_of_several_sequences(
         want_q = reference.rope(q[row : row + 1], pos, theta)
         cached = [values[place[: pos + 1]].astype(np.float64) for values in (got_k, got_v)]
         want = reference.attention(want_q, *cached, pos, window=window or None)
-        largest = np.abs(cached[1]).max()
-        score_per_query = np.abs(cached[0]).max() * head_dim**0.5
-        score = np.abs(want_q).max() * score_per_query
-        error = 12 * size * score_per_query + (head_dim + 4) * score
-        error = 2 * largest * F32 * (error + 2 * (3 + 2 * score) + 2 * (pos + 1) + 64)
+        error = attention_error(size, want_q, *cached)
         of_row = {key: values[row : row + 1] for key, values in got.items()}
         check_quantized(assert_close, of_row, want, 3, error)
     assert (got_k[~written] == past[0][~written]).all()

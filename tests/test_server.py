@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,22 +14,13 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from running_server import MODEL, TOKENS, Running, says, write_model
+from running_server import MODEL, TOKENS, Running, says
+from running_server import running as running
+from running_server import weights as weights
 
 from engine import Engine, Sampling
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("server") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def running(weights: Path) -> Iterator[Running]:
-    with Running(weights, max_sequences=8, max_waiting=24) as running:
-        yield running
 
 
 def streamed(running: Running, text: str, **options: Any) -> tuple[str, str]:

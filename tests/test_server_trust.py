@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,9 @@ import browser
 import httpx
 import openai
 import pytest
-from running_server import Running, says, write_model
+from running_server import Running, says
+from running_server import running as running
+from running_server import weights as weights
 from wgpu.backends.wgpu_native._api import libf
 
 from engine import Engine
@@ -28,17 +29,6 @@ from engine.errors import DeviceError, EngineError
 from engine.server import app, command
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("server") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def running(weights: Path) -> Iterator[Running]:
-    with Running(weights, max_sequences=8, max_waiting=24) as running:
-        yield running
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,409 @@
+"""The kernels that decode matrices, each against its numpy twin, on sizes that are multiples of
+nothing. Integers are compared with ==.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from kernel_checks import (
+    F32,
+    MATRICES,
+    check_quantized,
+    coded,
+    digit_activations,
+    read_activations,
+)
+from kernel_checks import kernels as kernels
+from kernel_checks import rng as rng
+
+from codec.classes import device_order
+from codec.lossless import LosslessMatrix, decode_lossless, encode_lossless
+from codec.matrix import decode_matrix, dequantize, encode_matrix, entry_points
+from engine.kernel import Kernels
+from engine.plan import Plan, run
+from model import reference
+from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Then
+from model.llama import MAX_TOKENS
+from model.rows import MATVEC_ROWS
+
+pytestmark = pytest.mark.gpu
+
+
+def test_matrices_cover_every_kind_of_code() -> None:
+    every = [coded(np.random.default_rng(7), *matrix) for matrix in MATRICES]
+    assert {m.raw_bits for m in every} == {0, 1, 2, 3, 4}
+    assert [m.n_classes for m in every] == [1, 2, 1, 2, 1, 1, 5, 3, 2, 1]
+    assert [m.group for m in every] == [2, 2, 2, 2, 2, 2, 2, 4, 4, 4]
+    assert min(m.outliers.size for m in every[-3:-1]) > 0
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("tokens", [1, MATVEC_ROWS])
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_matvec(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, float, int],
+    whole_rows: bool,
+    tokens: int,
+    digits: int,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = coded(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    a, x = digit_activations(rng, kernels.device, tokens, digits, m.cols)
+    y = gpu.output("y", tokens)
+    kernels.device.write(y.buffer, np.full(y.buffer.size // 4, np.nan, np.float32))
+    run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=digits)))
+    got = kernels.device.read(y.buffer, np.float32, (y.splits, tokens, m.rows)).sum(axis=0)
+
+    w = dequantize(m).astype(np.float64)
+    want = x @ w.T
+    # Integer dots are exact. Each block adds its dot and the offset that symbols are counted from,
+    # which may be as large as 128 * 2^raw_bits steps; then blocks, outliers and the scale: n_blocks
+    # + 8 roundings of such terms.
+    scale = m.scale.astype(np.float64)
+    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
+    terms = np.abs(x) @ (symbols * scale[:, None]).T
+    assert_close(got, want, (gpu.n_blocks + 8) * F32 * terms)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_matvec_kernels_agree_bit_for_bit(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    """With one segment a row both add the same blocks in the same order."""
+    m = coded(rng, 50, 30, spread, 12)
+    a, _ = digit_activations(rng, kernels.device, 1, 1, m.cols)
+    results = []
+    for whole_rows in (True, False):
+        monkeypatch.setattr(kernels.device, "software", whole_rows)
+        gpu = GpuMatrix(kernels, "w", m)
+        y = gpu.output("y", 1)
+        run(kernels.device, Plan(gpu.matvec(a, y, tokens=1, digits=1)))
+        results.append(kernels.device.read(y.buffer, np.float32, (m.rows,)))
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("matrix", [m for m in MATRICES if m[2] < 3])
+def test_whole_numbers_come_out_exactly(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    matrix: tuple[int, int, float, int],
+    whole_rows: bool,
+) -> None:
+    """With scales of 1 every sum is a whole number below 2^24, which f32 holds."""
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    q = decode_matrix(coded(rng, *matrix))
+    m = encode_matrix(q, np.zeros(len(q), np.int16), matrix[3])
+    gpu = GpuMatrix(kernels, "w", m)
+    x = np.zeros((1, 1, 32 * gpu.n_blocks), np.int8)
+    x[..., : m.cols] = rng.integers(-127, 128, m.cols)
+    sums = x.reshape(-1, 32).sum(axis=1, dtype=np.float32)
+    scale = np.stack([np.ones_like(sums), sums], axis=-1)
+    device = kernels.device
+    y = gpu.output("y", 1)
+    a = Activations(device.upload("digits", x), device.upload("scale", scale))
+    run(device, Plan(gpu.matvec(a, y, tokens=1, digits=1)))
+    got = device.read(y.buffer, np.float32, (y.splits, m.rows)).sum(axis=0)
+    assert (got == q @ x[0, 0, : m.cols].astype(np.int64)).all()
+
+    tokens = rng.integers(0, m.rows, MAX_TOKENS)
+    state = device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
+    embedded = device.empty("x", 4 * MAX_TOKENS * m.cols)
+    run(device, Plan(gpu.embed(state, embedded, tokens=MAX_TOKENS)))
+    assert (device.read(embedded, np.float32, (MAX_TOKENS, m.cols)) == q[tokens]).all()
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
+def test_matvec_in_parts_equals_whole(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    m = coded(rng, 400, 331, 3.0, 12)
+    assert m.n_classes > 1
+    a, _ = digit_activations(rng, kernels.device, tokens, 1, m.cols)
+    results, parts = [], []
+    for limit in (kernels.device.max_binding_bytes, 60_000):
+        monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
+        gpu = GpuMatrix(kernels, "w", m, n_segments=3)
+        monkeypatch.undo()
+        parts.append(len(gpu.parts))
+        y = gpu.output("y", tokens)
+        run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=1)))
+        results.append(kernels.device.read(y.buffer, np.float32, (y.splits, tokens, m.rows)))
+    assert parts[0] == 1 and parts[1] > 2
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_entry_points(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    matrix: tuple[int, int, float, int],
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", False)
+    m = coded(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    (part,) = gpu.parts
+    got = kernels.device.read(part.entries, np.uint32, (gpu.n_segments, part.rows_padded))
+    blocks = np.arange(gpu.n_segments) * gpu.n_blocks // gpu.n_segments
+    want, _ = entry_points(m, (32 * blocks).tolist())
+    assert (got[:, : m.rows] == want[:, device_order(m.classes)]).all()
+    assert not got[:, m.rows :].any()
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_embed(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, float, int],
+    whole_rows: bool,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = coded(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    tokens = rng.integers(0, m.rows, MAX_TOKENS)
+    state = kernels.device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
+    x = kernels.device.empty("x", 4 * MAX_TOKENS * m.cols)
+    run(kernels.device, Plan(gpu.embed(state, x, tokens=MAX_TOKENS)))
+    got = kernels.device.read(x, np.float32, (MAX_TOKENS, m.cols))
+    want = reference.embed(dequantize(m), tokens)
+    # One product; at an outlier two products of no more than 2^17 steps each, and their sum.
+    scale = m.scale.astype(np.float64)[tokens, None]
+    assert_close(
+        got,
+        want,
+        F32 * np.abs(want) + F32 * np.where(np.abs(want) > 16 * scale, 4 * np.abs(want), 0),
+    )
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+def test_embed_in_parts_equals_whole(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, whole_rows: bool
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = coded(rng, 400, 331, 3.0, 11)
+    tokens = rng.integers(0, m.rows, MAX_TOKENS)
+    state = kernels.device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
+    results, parts = [], []
+    for limit in (kernels.device.max_binding_bytes, 60_000):
+        monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
+        gpu = GpuMatrix(kernels, "w", m)
+        parts.append(len(gpu.parts))
+        x = kernels.device.empty("x", 4 * MAX_TOKENS * m.cols)
+        run(kernels.device, Plan(gpu.embed(state, x, tokens=MAX_TOKENS)))
+        results.append(kernels.device.read(x, np.float32, (MAX_TOKENS, m.cols)))
+    assert parts[0] == 1 and parts[1] > 2
+    assert (results[0] == results[1]).all()
+
+
+def lossless(
+    rng: np.random.Generator, rows: int, cols: int, mantissa_bits: int, log2_states: int
+) -> LosslessMatrix:
+    """Rows of several sizes, zeros of both signs, subnormals, and weights far out on both sides,
+    which are outliers.
+    """
+    of_row = 4.0 ** rng.integers(-1, 2, (rows, 1))
+    w = (rng.laplace(size=(rows, cols)) * of_row).astype(np.float32)
+    w *= rng.choice(np.array([0, -0.0, 1, 1, 1, 1], np.float32), w.shape)
+    w[-1, cols // 2 :] *= np.float32(1e-39)
+    w[rows // 2, :1], w[rows // 3, -1:] = 1e9, -1e-30
+    kept = np.uint32(0xFFFFFFFF << 23 - mantissa_bits & 0xFFFFFFFF)
+    return encode_lossless((w.view(np.uint32) & kept).view(np.float32), log2_states)
+
+
+# (rows, cols, mantissa_bits, log2_states): sizes as above, fields of bytes and of other widths.
+LOSSLESS_MATRICES = [
+    (7, 33, 7, 11),
+    (65, 575, 10, 12),
+    (100, 70, 23, 11),
+    (33, 1030, 7, 12),
+    (1, 2, 0, 11),
+    (40, 130, 17, 11),
+    (200, 300, 7, 11),
+]
+
+
+def test_lossless_matrices_have_outliers(rng: np.random.Generator) -> None:
+    counts = [lossless(rng, *matrix).exponents.outliers.size for matrix in LOSSLESS_MATRICES]
+    assert min(np.array(counts)[[0, 1, 2, 3, 5, 6]]) > 0
+
+
+def test_one_lossless_matrix_has_several_classes(rng: np.random.Generator) -> None:
+    assert lossless(rng, *LOSSLESS_MATRICES[-1]).exponents.n_classes > 1
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
+@pytest.mark.parametrize("matrix", LOSSLESS_MATRICES)
+def test_matvec_float(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, int, int],
+    whole_rows: bool,
+    tokens: int,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = lossless(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    x = np.zeros((tokens, 32 * gpu.n_blocks), np.float32)
+    x[:, : m.cols] = rng.normal(size=(tokens, m.cols))
+    y = gpu.output("y", tokens)
+    kernels.device.write(y.buffer, np.full(y.buffer.size // 4, np.nan, np.float32))
+    a = Activations(kernels.device.upload("x", x), None)
+    run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=FLOAT)))
+    got = kernels.device.read(y.buffer, np.float32, (y.splits, tokens, m.rows)).sum(axis=0)
+
+    w = decode_lossless(m).astype(np.float64)
+    x64 = x[:, : m.cols].astype(np.float64)
+    # A product and the sums that it goes through: four of its dot product, four of a group of 16
+    # columns, then groups, outliers, segments, splits. An outlier's weight counts twice more, with
+    # the exponent of the stream, which is one of the other weights' and at most 2^4.
+    terms = np.abs(x64) @ np.abs(w).T
+    longest = int(m.exponents.outlier_counts.max())
+    as_coded = 2 * 2**4 * longest * np.abs(x64).max(axis=1, keepdims=True)
+    roundings = 1 + 8 + 2 * gpu.n_blocks + 2 * longest + 3
+    assert_close(got, x64 @ w.T, roundings * F32 * (terms + as_coded))
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
+def test_matvec_float_in_parts_equals_whole(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    m = lossless(rng, 400, 331, 7, 12)
+    assert m.exponents.n_classes > 1
+    x = np.zeros((tokens, 352), np.float32)
+    x[:, :331] = rng.normal(size=(tokens, 331))
+    a = Activations(kernels.device.upload("x", x), None)
+    results, parts = [], []
+    for limit in (kernels.device.max_binding_bytes, 40_000):  # 113 rows of fields
+        monkeypatch.setattr(kernels.device, "max_binding_bytes", limit)
+        gpu = GpuMatrix(kernels, "w", m, n_segments=3)
+        monkeypatch.undo()
+        parts.append([part.rows for part in gpu.parts])
+        y = gpu.output("y", tokens)
+        run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=FLOAT)))
+        results.append(kernels.device.read(y.buffer, np.float32, (y.splits, tokens, m.rows)))
+    assert parts == [[400], [96, 96, 96, 96, 16]]
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("matrix", LOSSLESS_MATRICES)
+def test_embed_float_is_exact(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    matrix: tuple[int, int, int, int],
+    whole_rows: bool,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    m = lossless(rng, *matrix)
+    gpu = GpuMatrix(kernels, "w", m)
+    w = decode_lossless(m)
+    for begin in range(0, m.rows, MAX_TOKENS):  # every row
+        tokens = np.arange(begin, begin + MAX_TOKENS) % m.rows
+        state = kernels.device.upload("state", np.array([0, MAX_TOKENS, 0, 0, *tokens], np.uint32))
+        x = kernels.device.empty("x", 4 * MAX_TOKENS * m.cols)
+        run(kernels.device, Plan(gpu.embed(state, x, tokens=MAX_TOKENS)))
+        got = kernels.device.read(x, np.float32, (MAX_TOKENS, m.cols))
+        assert (got == reference.embed(w, tokens)).all()
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("rows", [70, 1030])
+def test_a_matvec_does_what_comes_then(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    rows: int,
+    digits: int,
+    gated: bool,
+    whole_rows: bool,
+) -> None:
+    """On the very y that it leaves, the plain matvec's; twice, for its count begins anew."""
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    device, eps = kernels.device, 1e-5
+    m = coded(rng, rows, 333, 2.5, 11)
+    gpu = GpuMatrix(kernels, "w", m, n_segments=6)
+    a, _ = digit_activations(rng, device, 1, digits, m.cols)
+    y, plain = gpu.output("y", 1), gpu.output("plain", 1)
+    run(device, Plan(gpu.matvec(a, plain, tokens=1, digits=digits)))
+    dim = rows // 2 if gated else rows
+    x0, weight = rng.normal(size=dim).astype(np.float32), rng.normal(1, 0.3, dim)
+    x = device.upload("x", x0)
+    then = Then(
+        gated,
+        dim,
+        x,
+        device.upload("weight", weight.astype(np.float32)),
+        Activations.empty(device, "out", 1, digits, dim),
+        device.empty("arrived", 4 * -(-dim // 32)),
+    )
+    plan = Plan(gpu.matvec(a, y, tokens=1, digits=digits, then=then))
+    for times in (1, 2):
+        run(device, plan)
+        parts = device.read(y.buffer, np.float32, (y.splits, 1, rows))
+        assert (parts == device.read(plain.buffer, np.float32, parts.shape)).all()
+        got = read_activations(device, then.out, 1, digits, dim)
+        sums = parts.astype(np.float64).sum(axis=0)
+        rounding = 2 * F32 * np.abs(parts).sum(axis=0)
+        if gated:  # as in test_swiglu
+            want = reference.swiglu(sums)
+            gate, up = np.abs(sums[:, :dim]), np.abs(sums[:, dim:])
+            error = 1.1 * rounding[:, :dim] * up + rounding[:, dim:] * gate
+            error += (3 + 2 * gate + 4) * F32 * np.abs(want)
+        else:  # as in test_rms_norm
+            sums = x0 + times * sums
+            assert_close(
+                device.read(x, np.float32, (1, dim)), sums, 4 * F32 * np.abs(sums) + 4 * rounding
+            )
+            squares = device.read(then.out.squares, np.float32, (-(-dim // 32),))
+            factor = 1 / np.sqrt(squares.sum(dtype=np.float64) / dim + eps)
+            got = {key: factor * value for key, value in got.items()}
+            want = reference.rms_norm(sums, weight.astype(np.float32).astype(np.float64), eps)
+            error = (dim / 2 + 16) * F32 * np.abs(want)
+            error += 8 * (rounding + F32 * np.abs(x0)) / np.sqrt((sums**2).mean())
+        check_quantized(assert_close, got, want, digits, error)
+
+
+@pytest.mark.parametrize("whole_rows", [True, False])
+def test_a_matvec_multiplies_by_a_norms_factor(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    whole_rows: bool,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", whole_rows)
+    device, eps = kernels.device, 0.3
+    m = coded(rng, 70, 4900, 2.5, 11)  # more blocks than lanes look for squares
+    gpu = GpuMatrix(kernels, "w", m)
+    a, _ = digit_activations(rng, device, 1, 1, m.cols)
+    squares = rng.uniform(0, 40, -(-m.cols // 32)).astype(np.float32)
+    a = dataclasses.replace(a, squares=device.upload("squares", squares))
+    y, plain = gpu.output("y", 1), gpu.output("plain", 1)
+    run(device, Plan([*gpu.matvec(a, y, tokens=1, digits=1, eps=eps)]))
+    run(device, Plan([*gpu.matvec(a, plain, tokens=1, digits=1)]))
+    want = device.read(plain.buffer, np.float32, (y.splits, m.rows)).astype(np.float64)
+    want *= 1 / np.sqrt(squares.sum(dtype=np.float64) / m.cols + eps)
+    got = device.read(y.buffer, np.float32, (y.splits, m.rows))
+    assert_close(got, want, (squares.size / 2 + 8) * F32 * np.abs(want))
