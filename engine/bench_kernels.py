@@ -19,7 +19,8 @@ from engine.device import Device
 from engine.errors import DeviceError
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, gpu_seconds
-from model.gpu_matrix import Activations, GpuMatrix
+from model.activations import Activations
+from model.gpu_matrix import GpuMatrix
 from weights.synthetic import matrix
 
 # q|k|v, o, gate|up and down of the 8B, 1B and 135M shapes, and the latter's head.

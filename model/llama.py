@@ -15,7 +15,8 @@ import numpy as np
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
-from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Output, Then
+from model.activations import FLOAT, Activations, Output, Then
+from model.gpu_matrix import GpuMatrix
 from model.kv_cache import KVCache, half_padded
 from model.operations import Operations
 from model.prompt import Prompt

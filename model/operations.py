@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine.kernel import Dispatch, Kernels
-from model.gpu_matrix import Activations, Output
+from model.activations import Activations, Output
 from model.kv_cache import half_padded
 
 if TYPE_CHECKING:

@@ -14,15 +14,9 @@ import numpy as np
 
 from engine.kernel import Dispatch
 from engine.plan import Plan
+from model.activations import UNIFORM_BLOCKS, Activations, Output, Step, uniform_tokens
 from model.config import ModelConfig
-from model.gpu_matrix import (
-    UNIFORM_BLOCKS,
-    Activations,
-    GpuMatrix,
-    Output,
-    Step,
-    uniform_tokens,
-)
+from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK, half_padded
 from weights import layout
 

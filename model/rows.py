@@ -14,7 +14,8 @@ import numpy as np
 
 from engine.kernel import Dispatch
 from engine.plan import Plan
-from model.gpu_matrix import Activations, GpuMatrix, Output
+from model.activations import Activations, Output
+from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK, half_padded
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from codec.scale import ZERO
 from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
-from model.gpu_matrix import Activations
+from model.activations import Activations
 
 F32 = 2.0**-24
 DIGIT_UNIT = {1: 0.5, 3: 0.5 / 254**2}  # rounding of the last digit, in units of the block's scale
@@ -133,7 +133,7 @@ def attend(
     partial: Any,
     buffers: dict[str, Any],
 ) -> None:
-    """Run `attention` for so many rows, to three digits, and what joins splits where it does not."""
+    """Run `attention` for so many rows, to three digits, and what joins its splits if need be."""
     n_heads, n_splits = params["n_heads"], overrides["n_splits"]
     n_blocks = -(-n_heads * params["head_dim"] // 32)
     sizes = {key: params[key] for key in ("n_heads", "head_dim", "half_padded")}

@@ -15,8 +15,8 @@ from test_engine import ADAPTERS, CONTEXT, EXACT, open_device, rms
 from tiny_model import random_source
 
 from engine.generate import Engine
+from model.activations import FLOAT
 from model.config import ModelConfig
-from model.gpu_matrix import FLOAT
 from model.reference import Reference
 from weights.convert import convert
 from weights.sources import LazyTensor, Source

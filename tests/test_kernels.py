@@ -15,7 +15,7 @@ from kernel_checks import rng as rng
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model import reference
-from model.gpu_matrix import Activations
+from model.activations import Activations
 from model.llama import MAX_TOKENS, rope_table
 
 pytestmark = pytest.mark.gpu

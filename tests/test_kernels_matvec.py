@@ -26,7 +26,8 @@ from codec.matrix import decode_matrix, dequantize, encode_matrix, entry_points
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model import reference
-from model.gpu_matrix import FLOAT, Activations, GpuMatrix, Then
+from model.activations import FLOAT, Activations, Then
+from model.gpu_matrix import GpuMatrix
 from model.llama import MAX_TOKENS
 from model.rows import MATVEC_ROWS
 

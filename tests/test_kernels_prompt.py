@@ -27,8 +27,9 @@ from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model import prompt, reference
+from model.activations import Activations
 from model.gpu_layout import far_outliers
-from model.gpu_matrix import Activations, GpuMatrix
+from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK, KINDS
 from model.llama import rope_table
 

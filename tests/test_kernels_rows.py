@@ -16,7 +16,7 @@ from engine.kernel import Kernels, shader_source
 from engine.plan import run
 from engine.sampler import STEPS, BatchSampler, Sampling
 from model import reference
-from model.gpu_matrix import Activations
+from model.activations import Activations
 from model.kv_cache import BLOCK, KINDS
 from model.llama import rope_table
 from model.rows import MATVEC_ROWS

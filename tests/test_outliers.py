@@ -14,7 +14,8 @@ from codec.matrix import CodedMatrix, decode_matrix, dequantize, encode_matrix
 from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
-from model.gpu_matrix import FLOAT, Activations, GpuMatrix
+from model.activations import FLOAT, Activations
+from model.gpu_matrix import GpuMatrix
 from model.llama import MAX_TOKENS
 
 F32 = 2.0**-24
