@@ -52,6 +52,7 @@ _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
+_THEN_LANES = 64  # of a matvec's that do what comes after it: workgroup memory is dear
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 _SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
@@ -132,6 +133,9 @@ class GpuMatrix:
                 -(-_LANES_WANTED // padded_rows(m.rows)), -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
             )
             most = min(self.n_blocks, max_segments) if one_split else self.n_blocks
+            full = -(-wanted // max_segments) * max_segments
+            if 6 * full <= 7 * wanted:  # full workgroups are worth a few segments more
+                wanted = full
             wanted = min(wanted, most)
             self.splits = -(-wanted // max_segments)
             self.segments_per_group = wanted // self.splits
@@ -278,16 +282,23 @@ class GpuMatrix:
             kernel = self.kernels.get(name, **overrides)
             if then:
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
+                    f"{name}_then",
+                    gated=then.gated,
+                    splits=y.splits,
+                    lanes=min(lanes, _THEN_LANES),
+                    **overrides,
                 )
                 params["dim"] = then.dim
                 after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)
                 after |= dict(x_digits=then.out.digits, x_scale=then.out.scale)
                 if eps is None:
                     after["squares"] = then.out.squares
+            # Of several tokens the compiler makes slow loops if it knows too much.
+            constants, params = (params, {}) if tokens == 1 else ({}, params)
             yield kernel.dispatch(
                 groups,
                 params | self._params,
+                constants,
                 **part.buffers,
                 table=self.table,
                 outliers=self.outliers,
@@ -414,11 +425,12 @@ class GpuMatrix:
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
-        kernel = self.kernels.get(name, **self._stream, **self._overrides)
+        lanes = {} if self.floats else dict(lanes=32 if self.whole_rows else 256)
+        kernel = self.kernels.get(name, **self._stream, **self._overrides, **lanes)
         for part in self.parts:
             yield kernel.dispatch(
                 [1, tokens],
-                dict(
+                constants=dict(
                     row_begin=part.row_begin,
                     rows=part.rows,
                     rows_padded=part.rows_padded,
