@@ -41,7 +41,8 @@ from model.gpu_layout import (
 
 _MAX_TABLE = 4096  # states of one table
 
-# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment.
+# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment, unless
+# there are more than a workgroup's.
 _LANES_WANTED = 1 << 17
 _MAX_SEGMENT_BLOCKS = 8
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
@@ -52,7 +53,6 @@ _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
-_THEN_LANES = 64  # of a matvec's that do what comes after it: workgroup memory is dear
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 _SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
@@ -129,13 +129,8 @@ class GpuMatrix:
         self.splits = 1
         self.segments_per_group = 1
         if not self.whole_rows:
-            wanted = n_segments or max(
-                -(-_LANES_WANTED // padded_rows(m.rows)), -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
-            )
             most = min(self.n_blocks, max_segments) if one_split else self.n_blocks
-            full = -(-wanted // max_segments) * max_segments
-            if 6 * full <= 7 * wanted:  # full workgroups are worth a few segments more
-                wanted = full
+            wanted = n_segments or self._wanted_segments(padded_rows(m.rows), max_segments)
             wanted = min(wanted, most)
             self.splits = -(-wanted // max_segments)
             self.segments_per_group = wanted // self.splits
@@ -149,6 +144,14 @@ class GpuMatrix:
         self._order = classes.device_order(m.classes)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
+
+    def _wanted_segments(self, rows: int, max_segments: int) -> int:
+        """Of a row; a workgroup takes up to `max_segments`."""
+        long = -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
+        wanted = max(-(-_LANES_WANTED // rows), min(long, max_segments))
+        # Full workgroups are worth more segments, if these are alike.
+        full = -(-wanted // max_segments) * max_segments
+        return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
 
     def _row_ranges(
         self, m: CodedMatrix, floats: LosslessMatrix | None
@@ -285,7 +288,7 @@ class GpuMatrix:
                     f"{name}_then",
                     gated=then.gated,
                     splits=y.splits,
-                    lanes=min(lanes, _THEN_LANES),
+                    lanes=lanes,
                     **overrides,
                 )
                 params["dim"] = then.dim

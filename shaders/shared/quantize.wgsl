@@ -2,7 +2,7 @@
 // The importer provides  x_digits: array<u32>  (tokens, digits, 4-column groups)  and  x_scale: array<vec2<f32>>.
 // For weights without loss x_digits takes the f32 themselves, (tokens, columns), and x_scale nothing.
 
-override lanes: u32;  // of the workgroup that have columns, the first ones; a multiple of 8
+override lanes: u32;  // of the workgroup; a multiple of 8
 
 var<workgroup> block_max: array<f32, lanes>;
 var<workgroup> block_sum: array<f32, lanes>;
@@ -23,10 +23,9 @@ fn quantize4(v: vec4<f32>, lane: u32, token: u32, group: u32, n_blocks: u32) {
   }
   let size = abs(v);
   workgroupBarrier();  // the last call's readers are done
-  let has_columns = lane < lanes;
-  if (has_columns) { block_max[lane] = max(max(size.x, size.y), max(size.z, size.w)); }
+  block_max[lane] = max(max(size.x, size.y), max(size.z, size.w));
   workgroupBarrier();
-  let first = min(lane & ~7u, lanes - 8u);
+  let first = lane & ~7u;
   var largest = 0.0;
   for (var i = 0u; i < 8u; i++) { largest = max(largest, block_max[first + i]); }
   let scale = largest / 127.0;
@@ -41,11 +40,11 @@ fn quantize4(v: vec4<f32>, lane: u32, token: u32, group: u32, n_blocks: u32) {
     rest = (rest - vec4<f32>(q)) * 254.0;
     unit = unit / 254.0;
   }
-  if (has_columns) { block_sum[lane] = sum; }
+  block_sum[lane] = sum;
   workgroupBarrier();
   if (used && (lane & 7u) == 0u) {
     sum = 0.0;
-    for (var i = 0u; i < 8u; i++) { sum += block_sum[first + i]; }
+    for (var i = 0u; i < 8u; i++) { sum += block_sum[lane + i]; }
     x_scale[token * n_blocks + (group >> 3u)] = vec2<f32>(scale, scale * sum);
   }
 }

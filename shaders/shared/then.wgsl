@@ -52,7 +52,7 @@ fn then(lane: u32) {
   for (var first = 0u; first < n; first += lanes / 8u) {
     let slot = first + lane / 8u;
     var quad = NO_QUAD;
-    if (lane < lanes && slot < n) { quad = 8u * ready[slot] + lane % 8u; }
+    if (slot < n) { quad = 8u * ready[slot] + lane % 8u; }
     if (gated) { finish_gated(lane, quad); } else { finish_norm(lane, quad); }
   }
 }
@@ -74,7 +74,7 @@ fn finish_norm(lane: u32, quad: u32) {
     }
   }
   workgroupBarrier();  // the last round's readers are done
-  if (lane < lanes) { quad_squares[lane] = sum; }
+  quad_squares[lane] = sum;
   quantize4(normed, lane, 0u, quad, (params.dim + 31u) / 32u);
   if (quad != NO_QUAD && lane % 8u == 0u) {
     for (var i = 1u; i < 8u; i++) { sum += quad_squares[lane + i]; }
