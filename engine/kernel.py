@@ -62,6 +62,7 @@ class Dispatch:
     kernel: Kernel
     bind_group: Any
     workgroups: tuple[int, int, int]
+    matrix: str  # label of the coded words that it reads, "" where there are none
 
 
 class Kernel:
@@ -121,7 +122,8 @@ class Kernel:
             ],
         )
         x, y, z = (*workgroups, 1, 1)[:3]
-        return Dispatch(self, group, (x, y, z))
+        matrix = _range(buffers["words"])[0].label if "words" in buffers else ""
+        return Dispatch(self, group, (x, y, z), matrix)
 
     def _pack(self, params: Mapping[str, int | float]) -> Any:
         _same_names(f"{self.name}: params", params, [field for field, _ in self.params])

@@ -27,6 +27,7 @@ except ImportError as error:
 
 _SUFFIXES = (".png", ".svg")
 OURS, OTHERS, GRID = "#c2410c", "#475569", "#cbd5e1"
+_COLUMNS = 2  # of panels: more of them are too small to read where a page shows the picture
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ def check_picture(path: Path) -> None:
 
 
 def figure_of(n_panels: int) -> tuple[Figure, list[Axes]]:
-    """Panels beside each other."""
-    figure = Figure(figsize=(8 if n_panels == 1 else 6.5 * n_panels, 5), dpi=150)
-    figure.set_layout_engine("constrained")
-    return figure, list(figure.subplots(1, n_panels, squeeze=False)[0])
+    """Panels, two in a row, each with margins of its own."""
+    columns = min(n_panels, _COLUMNS)
+    rows = -(-n_panels // columns)
+    figure = Figure(figsize=(8 if columns == 1 else 5.5 * columns, 4.6 * rows), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    panels = figure.subfigures(rows, columns, squeeze=False).flat
+    return figure, [panel.subplots() for panel in list(panels)[:n_panels]]
 
 
 def finish(axes: Axes, title: str, x: str, y: str) -> None:
@@ -79,7 +83,7 @@ def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(edgecolor="none", framealpha=0.9)
+        axes.legend(edgecolor="none", framealpha=0.9, fontsize=9)
 
 
 def save(figure: Figure, path: Path) -> None:
