@@ -15,6 +15,7 @@ from wgpu.backends.wgpu_native import GPUShaderModule, _api
 from wgpu.backends.wgpu_native.extras import set_instance_extras
 
 from engine.errors import DeviceError, DeviceLostError, OutOfMemoryError
+from engine.interrupt import uninterrupted
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
@@ -137,6 +138,7 @@ class Device:
         sizes = dict(line.split(":") for line in lines)
         return 1024 * int(sizes["MemAvailable"].split()[0]) if "MemAvailable" in sizes else None
 
+    @uninterrupted()
     def empty(self, label: str, size_bytes: int, usage: int = STORAGE) -> Any:
         """A zeroed buffer."""
         size = max(16, -(-size_bytes // 16) * 16)

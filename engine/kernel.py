@@ -18,6 +18,7 @@ import numpy as np
 import wgpu
 
 from engine.device import UNIFORM, Device
+from engine.interrupt import uninterrupted
 
 _IMPORT = re.compile(r"^//#import (\w+)$", re.MULTILINE)
 _BINDING = re.compile(
@@ -68,6 +69,7 @@ class Dispatch:
 class Kernel:
     """A compiled shader with its overrides fixed."""
 
+    @uninterrupted()
     def __init__(self, device: Device, name: str, **overrides: int) -> None:
         code = shader_source(name, device.int64)
         self.device = device
@@ -97,6 +99,7 @@ class Kernel:
             },
         )
 
+    @uninterrupted()
     def dispatch(
         self,
         workgroups: Sequence[int],
