@@ -6,7 +6,6 @@ where it is missing.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from weights.cache import DEFAULT_MODEL
-from weights.container import replacing
+from weights.container import check_place, replacing
 
 try:
     from matplotlib.axes import Axes
@@ -55,13 +54,7 @@ def check_picture(path: Path) -> None:
     """Now rather than after hours of work; EngineError says why nothing could be drawn there."""
     if path.suffix not in _SUFFIXES:
         raise EngineError(f"{path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
-    if path.is_dir():
-        raise EngineError(f"{path}: cannot be written: it is a directory")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be written: {error.strerror}") from None
+    check_place(path)
 
 
 def figure_of(n_panels: int) -> tuple[Figure, list[Axes]]:

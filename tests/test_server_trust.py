@@ -76,6 +76,7 @@ def test_what_is_wrong_is_named(
     error = got.json()["error"]
     assert message in error["message"] and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
 
 
 def test_malformed_requests_are_refused(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
