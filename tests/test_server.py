@@ -234,16 +234,15 @@ def test_models_health_and_page(running: Running) -> None:
         running.client.models.retrieve("gpt")
 
 
-def test_readme_shows_how(running: Running, capfd: pytest.CaptureFixture[str]) -> None:
+def test_its_page_shows_how(running: Running, capfd: pytest.CaptureFixture[str]) -> None:
     """Its examples, with this model and this port."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    assert "answer serve                        # http://127.0.0.1:8080/v1" in readme
-    (python,) = re.findall(r"```python\n(from openai .*?)```", readme, re.DOTALL)
+    page = (Path(__file__).parents[1] / "docs" / "server.md").read_text("utf-8")
+    (python,) = re.findall(r"```python\n(from openai .*?)```", page, re.DOTALL)
     python = python.replace("http://127.0.0.1:8080", running.url).replace("smollm2", MODEL)
     exec(python.replace("response_format", "max_tokens=30, response_format"), {})
     assert capfd.readouterr().out.startswith("{")
     if shutil.which("curl"):
-        (curl,) = re.findall(r"^curl localhost.*?'$", readme, re.DOTALL | re.MULTILINE)
+        (curl,) = re.findall(r"^curl localhost.*?'$", page, re.DOTALL | re.MULTILINE)
         curl = curl.replace("localhost:8080", running.url.removeprefix("http://"))
         got = json.loads(subprocess.check_output(curl.replace("curl", "curl -s", 1), shell=True))
         assert got["choices"][0]["message"]["role"] == "assistant"
