@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codec.groups import QUAD
-from codec.table import Table
+from codec.table import Table, entry_nbits
 
 WORD_BITS = 32
 
@@ -124,7 +124,7 @@ class Decoder:
         """
         n_classes, self._n_states = tables.shape
         first_states = np.arange(n_classes) * self._n_states
-        self._nbits = (tables & 31).astype(np.int64).ravel()
+        self._nbits = entry_nbits(tables).ravel()
         base_unit = self._n_states >> 11  # 1 for P = 11, 2 for P = 12
         base = (tables >> 21).astype(np.int64) * base_unit
         self._base = (base + first_states[:, None]).ravel()

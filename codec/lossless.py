@@ -178,8 +178,8 @@ def exponent_tables(m: LosslessMatrix) -> Words:
     hi = np.arange(m.exponents.n_symbols) + m.exponents.min_symbol
     field = _from_counted(m.anchor)[hi + 255]
     first, second = (field[symbols] for symbols in entry_symbols(table, 2))
-    table &= np.uint32(0xFFE0001F)
-    table |= first << np.uint32(5) | second << np.uint32(13)
+    table &= np.uint32(0xFFFF0000)
+    table |= first | second << np.uint32(8)
     return table
 
 

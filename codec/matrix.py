@@ -22,6 +22,7 @@ from codec.table import (
     MAX_SYMBOLS,
     build_tables,
     decode_tables,
+    entry_nbits,
     quantize_marginal,
 )
 
@@ -178,7 +179,7 @@ def decode_streams(m: CodedMatrix) -> npt.NDArray[np.int32]:
         decoder = _decoder(m, tables, chunk)
         visited, raw = decoder.run(n_steps(m.cols, m.group))
         entries = tables.ravel()[visited]
-        _check_ends(m, chunk, decoder.consumed - (entries[-1] & 31))
+        _check_ends(m, chunk, decoder.consumed - entry_nbits(entries[-1]))
         q[chunk] = from_groups(entries, m.group, raw, m.raw_bits, m.min_symbol)[: m.cols].T
     return q
 
@@ -216,7 +217,7 @@ def entry_points(m: CodedMatrix, columns: Sequence[int]) -> tuple[npt.NDArray[np
         for i, (start, end) in enumerate(pairwise([*starts, steps])):
             entries[i, chunk] = decoder.consumed << m.log2_states | decoder.states
             visited, _ = decoder.run(end - start)
-        unread = tables.ravel()[visited[-1]] & 31
+        unread = entry_nbits(tables.ravel()[visited[-1]])
         end_bits[chunk] = m.row_offsets[:-1][chunk] + decoder.consumed - unread
     return entries, end_bits
 

@@ -20,8 +20,7 @@ MAX_SYMBOLS = {2: 32, 4: 16}
 RARE = 32  # a group due less than 1/RARE of a state gets none, of one more if too many are left
 
 _WEIGHT_BITS = 32  # of a group's weight: its probability is weight / 2^32
-_SYMBOL_BITS = 16  # of an entry, for all symbols of a group
-_SYMBOLS_AT = 5
+_SYMBOL_BITS = 16  # of an entry, for all symbols of a group: the lowest
 
 IntArray = npt.NDArray[np.int64]
 
@@ -100,29 +99,28 @@ def decode_table(
 ) -> npt.NDArray[np.uint32]:
     """One entry per state (2^P,); the next state is base + the next nbits bits of the stream.
 
-    Bits 0..4 nbits, 5..20 the symbols, the first lowest, 21..31 base; for P = 12, where nbits >= 1
-    makes every base even, base / 2. A symbol of four has four bits, one of two the upper five of
-    its eight: bits 5..7 are then zeros, which shifts and sums of entries may count to nbits.
+    Bits 0..15 the symbols, the first lowest, each in 8 or, of four, in 4 bits; 16..20 32 - nbits, by
+    which a word is shifted to the right to leave its first nbits bits; 21..31 base, or for P = 12,
+    where nbits >= 1 makes every base even, base / 2.
     """
     number, x = _spread(marginal, log2_states, group)
     nbits = log2_states - _floor_log2(x)
     base = (x << nbits) - (1 << log2_states)
-    entries = nbits | base >> (log2_states - 11) << _SYMBOLS_AT + _SYMBOL_BITS
+    entries = 32 - nbits << _SYMBOL_BITS | base >> (log2_states - 11) << _SYMBOL_BITS + 5
     for i, symbol in enumerate(all_groups(marginal.size, group)):
-        entries |= symbol[number] << _symbol_at(i, group)
+        entries |= symbol[number] << i * _SYMBOL_BITS // group
     return entries.astype(np.uint32)
+
+
+def entry_nbits(entries: npt.NDArray[np.uint32]) -> IntArray:
+    """The bits that entries read, in their shape."""
+    return 32 - (entries >> np.uint32(_SYMBOL_BITS) & np.uint32(31)).astype(np.int64)
 
 
 def entry_symbols(entries: npt.NDArray[np.uint32], group: int) -> list[npt.NDArray[np.uint32]]:
     """The symbols that entries have: `group` arrays of their shape, the first weight's first."""
-    mask = np.uint32(MAX_SYMBOLS[group] - 1)
-    return [entries >> np.uint32(_symbol_at(i, group)) & mask for i in range(group)]
-
-
-def _symbol_at(i: int, group: int) -> int:
-    """Lowest bit of an entry's symbol i: each is at the top of its share of the 16 bits."""
     width = _SYMBOL_BITS // group
-    return _SYMBOLS_AT + (i + 1) * width - (MAX_SYMBOLS[group] - 1).bit_length()
+    return [entries >> np.uint32(i * width) & np.uint32((1 << width) - 1) for i in range(group)]
 
 
 def build_table(marginal: npt.NDArray[np.uint16], log2_states: int, group: int) -> Table:

@@ -110,7 +110,7 @@ class GpuMatrix:
         self._group = m.group
         self._raw_bits = m.raw_bits
         # What a decoded symbol means: overrides and params of the kernels that use it.
-        self._overrides: dict[str, int] = dict(wide_symbols=self.floats)
+        self._overrides: dict[str, int] = {}
         self._params = dict(offset=m.min_symbol << m.raw_bits)
         self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
         self._planes = 1 if m.raw_bits <= 2 else 2  # of bytes: shaders/shared/planes.wgsl
@@ -196,7 +196,7 @@ class GpuMatrix:
             device.upload(f"{label}.mantissas", tiled_fields(floats, numbers)) if floats else None,
         )
         if self.n_segments > 1:
-            kernel = self.kernels.get("entry_points", **self._stream, wide_symbols=self.floats)
+            kernel = self.kernels.get("entry_points", **self._stream)
             dispatch = kernel.dispatch(
                 [-(-rows // TILE)],
                 dict(

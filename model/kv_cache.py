@@ -78,7 +78,8 @@ class KVCache:
     @property
     def overrides(self) -> dict[str, int]:
         """Of kernels that use it."""
-        return dict(zip(("key_bits", "value_bits"), KINDS[self.kind], strict=True))
+        key_bits, value_bits = KINDS[self.kind]
+        return dict(half_quads=self.half_padded // 4, key_bits=key_bits, value_bits=value_bits)
 
     def shapes(self, n_pos: int) -> dict[str, tuple[int, ...]]:
         """Of what `read` gives of `n_pos` positions."""

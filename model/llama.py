@@ -112,7 +112,7 @@ class Llama:
         # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
         # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
         value_lanes = -(-c.head_dim // 4 // 8) * 8
-        self.attention_shape = (max(16, value_lanes), 4) if device.software else (64, 1)
+        self.attention_shape = (max(16, value_lanes), 4) if device.software else (256, 1)
         # Attention may finish a head by itself, a matvec of one token do what comes after it.
         self.finishes_heads = c.head_dim % 32 == 0 and (device.fences or self.attention_splits == 1)
         self.finishes_heads &= self.attention_shape[0] >= c.head_dim // 4

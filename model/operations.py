@@ -114,7 +114,6 @@ class Operations:
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,
                 head_dim=c.head_dim,
-                half_padded=half_padded(c),
                 max_pos=m.cache.max_pos,
                 tokens=room or tokens,
                 blocks_per_table=blocks_per_table,
@@ -140,14 +139,17 @@ class Operations:
         c, m = self._config, self._model
         n_blocks = -(-c.q_dim // 32)
         kernel = self._kernels.get(
-            "attention_combine", lanes=m.lanes, digits=m.digits, n_splits=n_splits
+            "attention_combine",
+            lanes=m.lanes,
+            digits=m.digits,
+            n_splits=n_splits,
+            half_quads=half_padded(c) // 4,
         )
         return kernel.dispatch(
             [-(-n_blocks * 8 // m.lanes), tokens],
             dict(
                 n_heads=c.n_heads,
                 head_dim=c.head_dim,
-                half_padded=half_padded(c),
                 n_blocks=n_blocks,
             ),
             partial=partial,

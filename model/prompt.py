@@ -212,7 +212,6 @@ class Prompt:
             n_heads=c.n_heads,
             n_kv_heads=c.n_kv_heads,
             head_dim=c.head_dim,
-            half_padded=half_padded(c),
             max_pos=self._model.cache.max_pos,
             blocks_per_table=0,  # there is one
         )
@@ -236,16 +235,15 @@ class Prompt:
 
     def _attention(self, layer: int, qkv: Any, keys: Any, values: Any, paged: bool) -> Step:
         c = self.config
-        half_quads = half_padded(c) // 4
         overrides = dict(
             tokens_per_group=self._attention_tokens,
-            row_quads=2 * half_quads * _ROWS,
+            row_quads=half_padded(c) // 2 * _ROWS,
             window=c.window(layer) or 0,
             paged=paged,
             **self._model.cache.overrides,
         )
         if self._tiled:
-            overrides |= dict(half_quads=half_quads, n_splits=self._splits)
+            overrides["n_splits"] = self._splits
         kernel = self.kernels.get(
             "attention_prompt" if self._tiled else "attention_rows", **overrides
         )

@@ -26,14 +26,15 @@ struct Params {
   n_heads: u32,
   n_kv_heads: u32,
   head_dim: u32,
-  half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
   max_pos: u32,      // of the cache
   tokens: u32,
   blocks_per_table: u32,
   scale: f32,
 }
 
-const NEVER = -1e30;  // below every score; not infinite, so that differences of two stay numbers
+const NEVER = -1e30;     // below every score; not infinite, so that differences of two stay numbers
+const MAXIMA = 16u;      // lanes that look for the largest score first; there are as many or more
+const VALUES = 4u;       // loads of values that a lane has under way at once
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> state: State;
@@ -41,17 +42,18 @@ const NEVER = -1e30;  // below every score; not infinite, so that differences of
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;           // (positions, head_dim / 2): cos, sin
 @group(0) @binding(4) var<storage, read_write> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read_write> v_cache: array<vec4<u32>>;
-@group(0) @binding(6) var<storage, read_write> partial: array<atomic<u32>>;  // f32 (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(6) var<storage, read_write> partial: array<atomic<u32>>;  // f32 (tokens, n_heads, n_splits, 8 half_quads + 2)
 @group(0) @binding(7) var<storage, read_write> arrived: array<atomic<u32>>;  // (tokens, n_heads)
 @group(0) @binding(8) var<storage, read_write> x_digits: array<u32>;
 @group(0) @binding(9) var<storage, read_write> x_scale: array<vec2<f32>>;
 @group(0) @binding(10) var<storage, read> pass_rows: array<PassRow>;  // of a batch, like the next
 @group(0) @binding(11) var<storage, read> blocks: array<u32>;         // (tokens, blocks_per_table), and a tile beyond
 
-var<workgroup> query_lo: array<vec4<f32>, lanes>;
-var<workgroup> query_hi: array<vec4<f32>, lanes>;
+var<workgroup> query_lo: array<vec4<f32>, half_quads>;
+var<workgroup> query_hi: array<vec4<f32>, half_quads>;
 var<workgroup> weights: array<vec4<f32>, lanes>;
-var<workgroup> maxima: array<f32, lanes>;
+var<workgroup> lane_max: array<f32, lanes>;
+var<workgroup> maxima: array<f32, MAXIMA>;
 var<workgroup> group_lo: array<vec4<f32>, lanes>;
 var<workgroup> group_hi: array<vec4<f32>, lanes>;
 var<workgroup> group_sum: array<f32, lanes>;
@@ -71,13 +73,12 @@ fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted t
 // and later tokens of the sequence, write the same: it is the same arithmetic on the same numbers, so whichever write comes
 // last leaves the same bits, and nobody waits for another workgroup.
 fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
-  let quads = params.half_padded / 4u;
-  let n_sources = lanes / quads;  // at a time
-  let i = lane % quads;
+  let n_sources = lanes / half_quads;  // at a time; the first lanes, which have the query, come last
+  let i = lane % half_quads;
   for (var begin = first_of_sequence(token); begin <= token; begin += n_sources) {
-    let source = begin + lane / quads;
+    let source = begin + (lane / half_quads + n_sources - 1u) % n_sources;
     var pos = 0u;
-    var is_mine = lane < n_sources * quads && source <= token;
+    var is_mine = lane < n_sources * half_quads && source <= token;
     if (is_mine) {
       pos = row_position(source);
       is_mine = pos / (lanes * per_lane) % n_splits == split;
@@ -92,7 +93,7 @@ fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
     if (min(key_bits, value_bits) < 16u) {
       weights[lane] = vec4<f32>(largest_of(k, v), 0.0);
       workgroupBarrier();
-      for (var n = lane - i; n < min(lane - i + quads, lanes); n++) { most = max(most, weights[n].xyz); }
+      for (var n = lane - i; n < min(lane - i + half_quads, lanes); n++) { most = max(most, weights[n].xyz); }
       workgroupBarrier();
     }
     if (is_mine) {
@@ -103,24 +104,23 @@ fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
   }
 }
 
-// Scores of the positions pos .. pos + per_lane - 1, in the cache from `row` on: q is loaded once for all of them.
-fn scores_at(row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
-  let quads = params.half_padded / 4u;
+// Scores of the positions pos .. pos + per_lane - 1: q is loaded once for all of them. In place of those that there are
+// not the last one is scored, so that no load waits for a branch.
+fn scores_at(token: u32, first_row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
+  let there = min(pos, length - 1u);
+  let row = first_row + cache_position(token, there);
+  let more = length - 1u - there;  // positions beyond
   var sums = vec4<f32>(0.0);
-  for (var i = 0u; i < quads; i++) {
+  for (var i = 0u; i < half_quads; i++) {
     let lo = query_lo[i];
     let hi = query_hi[i];
     for (var j = 0u; j < per_lane; j++) {
-      if (pos + j < length) {
-        let k = key(row + j, i);
-        sums[j] += dot(lo, k.lo) + dot(hi, k.hi);
-      }
+      let k = key(row + min(j, more), i);
+      sums[j] += dot(lo, k.lo) + dot(hi, k.hi);
     }
   }
   if (key_bits < 16u) {
-    for (var j = 0u; j < per_lane; j++) {
-      if (pos + j < length) { sums[j] *= key_scale(row + j); }
-    }
+    for (var j = 0u; j < per_lane; j++) { sums[j] *= key_scale(row + min(j, more)); }
   }
   let j = vec4<u32>(0u, 1u, 2u, 3u);
   var scored = (j < vec4<u32>(per_lane)) & (vec4<u32>(pos) + j < vec4<u32>(length));
@@ -132,17 +132,16 @@ fn store_partial(i: u32, value: f32) { atomicStore(&partial[i], bitcast<u32>(val
 fn load_partial(i: u32) -> f32 { return bitcast<f32>(atomicLoad(&partial[i])); }
 
 fn max_over_lanes(lane: u32, value: f32) -> f32 {
-  maxima[lane] = value;
+  lane_max[lane] = value;
   workgroupBarrier();
-  var largest = NEVER;
-  if (lane < 8u) {
-    for (var i = lane; i < lanes; i += 8u) { largest = max(largest, maxima[i]); }
+  if (lane < MAXIMA) {
+    var largest = NEVER;
+    for (var i = lane; i < lanes; i += MAXIMA) { largest = max(largest, lane_max[i]); }
+    maxima[lane] = largest;
   }
   workgroupBarrier();
-  if (lane < 8u) { maxima[lane] = largest; }
-  workgroupBarrier();
-  largest = NEVER;
-  for (var i = 0u; i < 8u; i++) { largest = max(largest, maxima[i]); }
+  var largest = NEVER;
+  for (var i = 0u; i < MAXIMA; i++) { largest = max(largest, maxima[i]); }
   return largest;
 }
 
@@ -152,13 +151,12 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let head = group.y;
   let token = group.z;
   if (token >= state.n_tokens) { return; }
-  let quads = params.half_padded / 4u;
   let length = row_position(token) + 1u;
   let n_used = min(n_splits, (length + lanes * per_lane - 1u) / (lanes * per_lane));  // splits that have positions
   if (finish && split >= n_used) { return; }
   let kv_head = head / (params.n_heads / params.n_kv_heads);
   let first_row = kv_head * params.max_pos;
-  if (lane < quads) {
+  if (lane < half_quads) {
     let query = rotated(projected(token, head, lane), length - 1u, lane);
     query_lo[lane] = query.lo;
     query_hi[lane] = query.hi;
@@ -167,9 +165,9 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   storageBarrier();
   workgroupBarrier();
 
-  let n_groups = lanes / quads;  // groups of lanes, each of which adds up its share of the positions' values
-  let my_group = lane / quads;
-  let quad = lane % quads;
+  let n_groups = lanes / half_quads;  // groups of lanes, each of which adds up its share of the positions' values
+  let my_group = lane / half_quads;
+  let quad = lane % half_quads;
   var running_max = NEVER;
   var sum = 0.0;
   var lo = vec4<f32>(0.0);
@@ -185,7 +183,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   }
   for (; tile < length; tile += n_splits * tile_size) {
     let pos = tile + per_lane * lane;
-    let scores = scores_at(first_row + cache_position(token, pos), pos, length, seen_from);
+    let scores = scores_at(token, first_row, pos, length, seen_from);
     let tile_max = max_over_lanes(lane, max(max(scores.x, scores.y), max(scores.z, scores.w)));
     let new_max = max(running_max, tile_max);
     let correction = exp(running_max - new_max);
@@ -196,14 +194,19 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     lo *= correction;
     hi *= correction;
     if (my_group < n_groups) {
-      for (var i = my_group; i < min(tile_size, length - tile); i += n_groups) {
-        let row = first_row + cache_position(token, tile + i);
-        let weight = weights[i / per_lane][i % per_lane];
-        let v = value(row, quad);
-        let scaled_weight = weight * value_scale(row);
-        sum += weight;
-        lo += scaled_weight.x * v.lo;
-        hi += scaled_weight.y * v.hi;
+      let n = min(tile_size, length - tile);
+      for (var first = my_group; first < n; first += VALUES * n_groups) {
+        for (var k = 0u; k < VALUES; k++) {
+          let i = first + k * n_groups;
+          let there = min(i, n - 1u);
+          let row = first_row + cache_position(token, tile + there);
+          let weight = select(0.0, weights[there / per_lane][there % per_lane], i < n);
+          let v = value(row, quad);
+          let scaled_weight = weight * value_scale(row);
+          sum += weight;
+          lo += scaled_weight.x * v.lo;
+          hi += scaled_weight.y * v.hi;
+        }
       }
     }
     workgroupBarrier();
@@ -213,20 +216,19 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   group_lo[lane] = lo;
   group_hi[lane] = hi;
   workgroupBarrier();
-  if (lane < quads) {
-    for (var i = lane + quads; i < n_groups * quads; i += quads) {
+  if (lane < half_quads) {
+    for (var i = lane + half_quads; i < n_groups * half_quads; i += half_quads) {
       sum += group_sum[i];
       lo += group_lo[i];
       hi += group_hi[i];
     }
   }
   let head_quads = params.head_dim / 4u;
-  let half_quads = head_quads / 2u;
   let place = select(0xFFFFFFFFu, head * head_quads + lane, lane < head_quads);
   let n_blocks = params.n_heads * params.head_dim / 32u;
-  if (finish && n_splits == 1u) {
+  if (finish && n_used == 1u) {
     workgroupBarrier();
-    if (lane < quads) {
+    if (lane < half_quads) {
       group_lo[lane] = lo / sum;
       group_hi[lane] = hi / sum;
     }
@@ -236,13 +238,13 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     quantize4(v, lane, token, place, n_blocks);
     return;
   }
-  let stride = 2u * params.half_padded + 2u;
+  let stride = 8u * half_quads + 2u;
   let slot = token * params.n_heads + head;
   let out = (slot * n_splits + split) * stride;
-  if (lane < quads) {
+  if (lane < half_quads) {
     for (var k = 0u; k < 4u; k++) {
       store_partial(out + 4u * lane + k, lo[k]);
-      store_partial(out + params.half_padded + 4u * lane + k, hi[k]);
+      store_partial(out + 4u * (half_quads + lane) + k, hi[k]);
     }
   }
   if (lane == 0u) {
@@ -253,7 +255,6 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     let first = slot * n_splits * stride;
     var largest = NEVER;
     for (var s = 0u; s < n_used; s++) { largest = max(largest, load_partial(first + s * stride + stride - 2u)); }
-    let column = select(4u * lane, params.half_padded + 4u * (lane - half_quads), lane >= half_quads);
     var v = vec4<f32>(0.0);
     var total = 0.0;
     if (lane < head_quads) {
@@ -261,7 +262,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
         let at = first + s * stride;
         let share = exp(load_partial(at + stride - 2u) - largest);
         total += share * load_partial(at + stride - 1u);
-        for (var k = 0u; k < 4u; k++) { v[k] += share * load_partial(at + column + k); }
+        for (var k = 0u; k < 4u; k++) { v[k] += share * load_partial(at + 4u * lane + k); }
       }
       v = v / total;
     }

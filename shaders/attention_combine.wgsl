@@ -6,16 +6,16 @@
 //#import quantize
 
 override n_splits: u32;
+override half_quads: u32;  // of a head's pairs, as in shared/cache.wgsl
 
 struct Params {
   n_heads: u32,
   head_dim: u32,
-  half_padded: u32,
   n_blocks: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> partial: array<f32>;  // (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(1) var<storage, read> partial: array<f32>;  // (tokens, n_heads, n_splits, 8 half_quads + 2)
 @group(0) @binding(2) var<storage, read_write> x_digits: array<u32>;
 @group(0) @binding(3) var<storage, read_write> x_scale: array<vec2<f32>>;
 
@@ -23,8 +23,8 @@ fn attention_at(token: u32, column: u32) -> f32 {
   let head = column / params.head_dim;
   let d = column % params.head_dim;
   let half = params.head_dim / 2u;
-  let element = select(d, params.half_padded + d - half, d >= half);
-  let stride = 2u * params.half_padded + 2u;
+  let element = select(d, 4u * half_quads + d - half, d >= half);
+  let stride = 8u * half_quads + 2u;
   let first = (token * params.n_heads + head) * n_splits * stride;
   var largest = partial[first + stride - 2u];
   for (var split = 1u; split < n_splits; split++) {

@@ -14,14 +14,12 @@
 override tokens_per_group: u32;  // ROWS / heads of a kv head
 override n_splits: u32;
 override window: u32;  // positions that a token sees; 0: all
-override half_quads: u32;  // half_padded / 4, at most 16: head_dim up to 128
 override row_quads: u32;   // 2 * half_quads * ROWS: of the rows' queries, and of a tile of keys
 
 struct Params {
   n_heads: u32,
   n_kv_heads: u32,
   head_dim: u32,
-  half_padded: u32,
   max_pos: u32,
   blocks_per_table: u32,
   scale: f32,  // 1 / sqrt(head_dim)
@@ -40,7 +38,7 @@ const ROW_GROUPS = 8u;  // of the rows i, i + 8, i + 16, i + 24, a vector of fou
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;
 @group(0) @binding(4) var<storage, read> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> v_cache: array<vec4<u32>>;
-@group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, n_splits, 2 half_padded + 2)
+@group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, n_splits, 8 half_quads + 2)
 @group(0) @binding(7) var<storage, read> blocks: array<u32>;  // (blocks_per_table,)
 
 var<workgroup> queries: array<vec4<f32>, row_quads>;  // (quads, ROWS)
@@ -198,7 +196,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     workgroupBarrier();
   }
 
-  let stride = 2u * params.half_padded + 2u;
+  let stride = 8u * half_quads + 2u;
   for (var r = 0u; r < 4u; r++) {
     let token = first_token + rows[r] / heads;
     if (rows[r] < tokens_per_group * heads && token <= last_token) {

@@ -9,14 +9,13 @@
 //#import cache
 
 override tokens_per_group: u32;  // ROWS / heads of a kv head
-override row_quads: u32;         // ROWS * half_padded / 2
+override row_quads: u32;         // ROWS * 2 half_quads
 override window: u32;            // positions that a token sees; 0: all
 
 struct Params {
   n_heads: u32,
   n_kv_heads: u32,
   head_dim: u32,
-  half_padded: u32,
   max_pos: u32,
   blocks_per_table: u32,
   scale: f32,  // 1 / sqrt(head_dim)
@@ -33,7 +32,7 @@ const POSITIONS = 8u;
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;
 @group(0) @binding(4) var<storage, read> k_cache: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> v_cache: array<vec4<u32>>;
-@group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, 2 half_padded + 2)
+@group(0) @binding(6) var<storage, read_write> partial: array<f32>;  // (tokens, n_heads, 8 half_quads + 2)
 @group(0) @binding(7) var<storage, read> blocks: array<u32>;  // (blocks_per_table,)
 
 var<workgroup> queries: array<vec4<f32>, row_quads>;  // (half_quads, lo or hi, ROWS)
@@ -76,7 +75,6 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let heads = params.n_heads / params.n_kv_heads;
   let first_token = group.y * tokens_per_group;
   if (first_token >= state.n_tokens) { return; }
-  let half_quads = params.half_padded / 4u;
   let last_token = min(first_token + tokens_per_group, state.n_tokens) - 1u;
   let last = state.pos + last_token;
   for (var r = 0u; r < 4u; r++) {
@@ -176,7 +174,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     }
   }
 
-  let stride = 2u * params.half_padded + 2u;
+  let stride = 8u * half_quads + 2u;
   for (var r = 0u; r < 4u; r++) {
     let token = first_token + rows[r] / heads;
     if (rows[r] < tokens_per_group * heads && token <= last_token) {
@@ -185,7 +183,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
         let at = 2u * quad * ROWS + rows[r];
         for (var k = 0u; k < 4u; k++) {
           partial[out + 4u * quad + k] = mixed[at][k];
-          partial[out + params.half_padded + 4u * quad + k] = mixed[at + ROWS][k];
+          partial[out + 4u * (half_quads + quad) + k] = mixed[at + ROWS][k];
         }
       }
       partial[out + stride - 2u] = running_max[r];

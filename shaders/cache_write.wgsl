@@ -14,7 +14,6 @@ struct Params {
   n_heads: u32,
   n_kv_heads: u32,
   head_dim: u32,
-  half_padded: u32,  // head_dim / 2 rounded up to a multiple of 4; the padding stays zero
   max_pos: u32,
   blocks_per_table: u32,
 }
@@ -31,14 +30,13 @@ var<workgroup> sizes: array<vec3<f32>, LANES>;
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(local_invocation_index) quad: u32, @builtin(workgroup_id) group: vec3<u32>) {
-  let quads = params.half_padded / 4u;
   let kv_head = group.x;
   let token = group.y;
   if (token >= state.n_tokens) { return; }
   let pos = state.pos + token;
   var k: Pair;
   var v: Pair;
-  if (quad < quads) {
+  if (quad < half_quads) {
     k = rotated(projected(token, params.n_heads + kv_head, quad), pos, quad);
     v = projected(token, params.n_heads + params.n_kv_heads + kv_head, quad);
   }
@@ -46,9 +44,9 @@ fn main(@builtin(local_invocation_index) quad: u32, @builtin(workgroup_id) group
   if (min(key_bits, value_bits) < 16u) {
     sizes[quad] = largest_of(k, v);
     workgroupBarrier();
-    for (var i = 0u; i < quads; i++) { most = max(most, sizes[i]); }
+    for (var i = 0u; i < half_quads; i++) { most = max(most, sizes[i]); }
   }
-  if (quad < quads) {
+  if (quad < half_quads) {
     let row = cache_row(kv_head, pos);
     store_key(row, quad, k, most.x);
     store_value(row, quad, v, most.yz);

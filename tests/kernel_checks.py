@@ -136,7 +136,7 @@ def attend(
     """Run `attention` for so many rows, to three digits, and what joins its splits if need be."""
     n_heads, n_splits = params["n_heads"], overrides["n_splits"]
     n_blocks = -(-n_heads * params["head_dim"] // 32)
-    sizes = {key: params[key] for key in ("n_heads", "head_dim", "half_padded")}
+    sizes = {key: params[key] for key in ("n_heads", "head_dim")}
     written = dict(x_digits=out.digits, x_scale=out.scale)
     attention = kernels.get("attention", digits=3, **overrides).dispatch(
         [n_splits, n_heads, rows],
@@ -146,7 +146,13 @@ def attend(
         **buffers,
         **written,
     )
-    combine = kernels.get("attention_combine", lanes=64, digits=3, n_splits=n_splits).dispatch(
+    combine = kernels.get(
+        "attention_combine",
+        lanes=64,
+        digits=3,
+        n_splits=n_splits,
+        half_quads=overrides["half_quads"],
+    ).dispatch(
         [-(-n_blocks * 8 // 64), rows_to_combine],
         dict(n_blocks=n_blocks, **sizes),
         partial=partial,

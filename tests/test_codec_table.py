@@ -126,7 +126,7 @@ def test_entries_of_a_group_lead_to_every_state_exactly_once(group_counts, p):
     group, counts = group_counts
     marginal = quantize_marginal(np.array(counts))
     entries = decode_table(marginal, p, group).astype(int)
-    nbits = entries & 31
+    nbits = 32 - (entries >> 16 & 31)
     base = (entries >> 21) << (p - 11)
     if p == 12:
         assert np.array_equal(base, entries >> 20 & 0xFFE)  # as a shader reads it
@@ -150,7 +150,7 @@ def test_encoder_inverts_the_decode_table(group_counts, p):
     marginal = quantize_marginal(np.array(counts))
     table = build_table(marginal, p, group)
     entries = decode_table(marginal, p, group).astype(int)
-    nbits, base = entries & 31, (entries >> 21) << (p - 11)
+    nbits, base = 32 - (entries >> 16 & 31), (entries >> 21) << (p - 11)
     number = numbers(entries, marginal.size, group)
     for bits in (np.zeros_like(nbits), (1 << nbits) - 1):
         x = base + bits + 2**p
@@ -217,10 +217,10 @@ def test_symbols_of_probability_0_are_stood_for_by_their_neighbour(group, p):
 )
 def test_table_equals_the_scalar_one(group, counts, p):
     marginal = quantize_marginal(np.array(counts))
-    at, mask, fields = ((8, 16), 31, []) if group == 2 else ((5, 9, 13, 17), 15, [])
+    width, fields = 16 // group, []
     for e in decode_table(marginal, p, group).tolist():
-        symbols = tuple(e >> lowest & mask for lowest in at)
-        fields.append((symbols, e & 31, (e >> 21) << (p - 11)))
+        symbols = tuple(e >> width * i & 2**width - 1 for i in range(group))
+        fields.append((symbols, 32 - (e >> 16 & 31), (e >> 21) << (p - 11)))
     assert fields == codec_scalar.state_table(tuple(marginal.tolist()), p, group)
 
 
@@ -230,11 +230,11 @@ def test_table_of_one_value_by_hand():
     assert group_frequencies(marginal, 11, 2).tolist() == [1024, 512, 512, 0]
     entries = decode_table(marginal, 11, 2).tolist()
     # (0, 0) is so likely that it has the first 1024 states: x = 1024 + state, 1 bit, base 2 state.
-    assert entries[:3] == [1, 1 | 2 << 21, 1 | 4 << 21]
-    assert entries[1023] == 1 | 2046 << 21
+    assert entries[:3] == [31 << 16, 31 << 16 | 2 << 21, 31 << 16 | 4 << 21]
+    assert entries[1023] == 31 << 16 | 2046 << 21
     # (0, 1) and (1, 0) are alike and take turns: x = 512, 513, ..., 2 bits, base 4 (x - 512).
-    assert entries[1024:1026] == [2 | 1 << 16, 2 | 1 << 8]
-    assert entries[1026:1028] == [2 | 1 << 16 | 4 << 21, 2 | 1 << 8 | 4 << 21]
-    assert entries[2047] == 2 | 1 << 8 | 2044 << 21
+    assert entries[1024:1026] == [30 << 16 | 1 << 8, 30 << 16 | 1]
+    assert entries[1026:1028] == [30 << 16 | 1 << 8 | 4 << 21, 30 << 16 | 1 | 4 << 21]
+    assert entries[2047] == 30 << 16 | 1 | 2044 << 21
     # (1, 1) has no state; (1, 0) stands for it.
     assert build_table(marginal, 11, 2).substitute.tolist() == [0, 1, 2, 2]

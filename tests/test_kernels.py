@@ -187,7 +187,7 @@ def test_qkv_heads(
     ("n_splits", "lanes", "per_lane", "cache_f32", "window"),
     [
         (1, 16, 4, False, 0),
-        (16, 64, 1, False, 0),
+        (16, 256, 1, False, 0),
         (2, 24, 3, True, 0),
         (3, 24, 3, False, 100),
         (4, 64, 1, True, 4),
@@ -227,6 +227,7 @@ def test_rope_cache_and_attention(
         tokens,
         out,
         overrides=dict(
+            half_quads=padded // 4,
             key_bits=bits,
             value_bits=bits,
             splits=splits,
@@ -242,7 +243,6 @@ def test_rope_cache_and_attention(
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            half_padded=padded,
             max_pos=max_pos,
             blocks_per_table=0,
         ),

@@ -227,7 +227,6 @@ def test_cache_write_and_attention_prompt(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        half_padded=padded,
         max_pos=max_pos,
         blocks_per_table=0,
     )
@@ -244,12 +243,13 @@ def test_cache_write_and_attention_prompt(
     partial = device.upload("partial", nothing)
     out = Activations.empty(device, "attn", room, 1, n_heads * head_dim)
     tokens_per_group = 32 // (n_heads // n_kv_heads)
+    kept = dict(half_quads=padded // 4, key_bits=bits[0], value_bits=bits[1])
     overrides = {}
     if tiled:
-        overrides = dict(half_quads=padded // 4, n_splits=n_splits)
+        overrides["n_splits"] = n_splits
     n_blocks = -(-n_heads * head_dim // 32)
     dispatches = [
-        kernels.get("cache_write", paged=paged, key_bits=bits[0], value_bits=bits[1]).dispatch(
+        kernels.get("cache_write", paged=paged, **kept).dispatch(
             [n_kv_heads, n_tokens + 3], heads, **buffers
         ),
         kernels.get(
@@ -258,8 +258,7 @@ def test_cache_write_and_attention_prompt(
             row_quads=16 * padded,
             paged=paged,
             window=window,
-            key_bits=bits[0],
-            value_bits=bits[1],
+            **kept,
             **overrides,
         ).dispatch(
             [n_kv_heads, -(-n_tokens // tokens_per_group) + 1, n_splits],
@@ -267,9 +266,11 @@ def test_cache_write_and_attention_prompt(
             partial=partial,
             **buffers,
         ),
-        kernels.get("attention_combine", lanes=64, digits=1, n_splits=n_splits).dispatch(
+        kernels.get(
+            "attention_combine", lanes=64, digits=1, n_splits=n_splits, half_quads=padded // 4
+        ).dispatch(
             [-(-n_blocks * 8 // 64), n_tokens],
-            dict(n_heads=n_heads, head_dim=head_dim, half_padded=padded, n_blocks=n_blocks),
+            dict(n_heads=n_heads, head_dim=head_dim, n_blocks=n_blocks),
             partial=partial,
             x_digits=out.digits,
             x_scale=out.scale,

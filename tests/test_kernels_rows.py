@@ -44,7 +44,7 @@ PLACES = [(0, 0), (1, 15), (1, 16), (1, 17), (2, 200), (3, 64), (3, 65)]
     ("n_splits", "lanes", "per_lane", "cache", "window"),
     [
         (1, 16, 4, "f16", 0),
-        (16, 64, 1, "f16", 0),
+        (16, 256, 1, "f16", 0),
         (2, 24, 2, "f32", 50),
         (1, 16, 4, "int8", 0),
         (16, 64, 1, "int4", 0),
@@ -88,6 +88,7 @@ def test_attention_of_several_sequences(
         overrides=dict(
             key_bits=KINDS[cache][0],
             value_bits=KINDS[cache][1],
+            half_quads=head_dim // 8,
             splits=1,
             window=window,
             lanes=lanes,
@@ -101,7 +102,6 @@ def test_attention_of_several_sequences(
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            half_padded=head_dim // 2,
             max_pos=n_positions,
             blocks_per_table=per_table,
         ),

@@ -74,7 +74,7 @@ def test_format_example_is_walked_through_bit_by_bit(coded: CodedMatrix) -> None
                 raw = bits[position : position + 4 * coded.raw_bits] + " "
                 position += 4 * coded.raw_bits
             entry = int(table[state])
-            nbits, base = entry & 31, entry >> 21
+            nbits, base = 32 - (entry >> 16 & 31), entry >> 21
             before, rest = state, "| |"
             if column + coded.group < coded.cols:
                 field = bits[position : position + nbits]
@@ -82,8 +82,8 @@ def test_format_example_is_walked_through_bit_by_bit(coded: CodedMatrix) -> None
                 state = base + int(field, 2)
                 rest = f"| {field} | {state} |"
             columns = range(column, column + coded.group)
-            at, mask = ((8, 16), 31) if coded.group == 2 else ((5, 9, 13, 17), 15)
-            symbols = [entry >> lowest & mask for lowest in at]
+            width = 16 // coded.group
+            symbols = [entry >> width * i & 2**width - 1 for i in range(coded.group)]
             lines.append(
                 f"| {row} | {raw}| {', '.join(map(str, columns))} | {before} | {entry:08x} "
                 f"| {nbits} | {' '.join(map(str, symbols))} | {base} {rest}"

@@ -6,36 +6,30 @@
 override n_states: u32;      // 2^P, P = 11 or 12
 override group_size: u32;    // weights that an entry decodes: 2 or 4
 override raw_bits: u32;      // 0..4 low bits per weight that are stored as they are; none with groups of 4
-override wide_symbols: bool; // the two symbols of an entry are whole bytes (a float's exponent), not 5 bits
 
-// A table entry: nbits in bits 0..4 | symbols in 5..20, two of 8 bits or four of 4, the first lowest | base in 21..31.
-// With 2^12 states base is even and stored halved. Symbols of 5 bits are on top of their 8, in bits 8..12 and 16..20.
-const SYMBOLS: u32 = 0xFFFFu;
-const NBITS: u32 = 31u;
+// A table entry: symbols in bits 0..15, two of 8 bits or four of 4, the first lowest | 32 - nbits in 16..20 | base in
+// 21..31. With 2^12 states base is even and stored halved.
+
+fn max_nbits() -> u32 { return select(12u, 11u, n_states == 2048u); }
 
 fn entry_base(entry: u32) -> u32 {
   if (n_states == 2048u) { return entry >> 21u; }
   return (entry >> 20u) & 0xFFEu;
 }
 
-// nbits, for shifts and for sums below 256. Above symbols of 5 bits come three zeros: the entry will do as it is.
-fn entry_shift(entry: u32) -> u32 {
-  if (group_size == 2u && !wide_symbols) { return entry; }
-  return entry & NBITS;
-}
+// In its low five bits the bits of a word that are left when nbits are taken: 32 - nbits, at most 31. What is above counts
+// for nothing, as shifts go by five bits.
+fn entry_left(entry: u32) -> u32 { return entry >> 16u; }
 
-// base + the next nbits bits; nbits >= 1.
-fn next_state(entry: u32, window: u32) -> u32 { return entry_base(entry) + leading(window, entry_shift(entry)); }
+// base + the first nbits bits of the window.
+fn next_state(entry: u32, window: u32) -> u32 { return entry_base(entry) + (window >> (entry_left(entry) & 31u)); }
 
 // Four symbols, one a byte, from the entries of two pairs.
-fn symbol_bytes(pair0: u32, pair1: u32) -> u32 {
-  if (wide_symbols) { return ((pair0 >> 5u) & SYMBOLS) | ((pair1 << 11u) & (SYMBOLS << 16u)); }
-  return insertBits(pair0 >> 8u, pair1 >> 8u, 16u, 16u) & 0x1F1F1F1Fu;
-}
+fn symbol_bytes(pair0: u32, pair1: u32) -> u32 { return insertBits(pair0, pair1, 16u, 16u); }
 
 // The same from the entry of a group of four.
 fn spread_symbols(entry: u32) -> u32 {
-  let symbols = (entry >> 5u) & SYMBOLS;
+  let symbols = entry & 0xFFFFu;
   let halves = (symbols | (symbols << 8u)) & 0x00FF00FFu;
   return (halves | (halves << 4u)) & 0x0F0F0F0Fu;
 }
@@ -64,28 +58,34 @@ fn weight_at(w: Weights, column: u32) -> u32 {  // without min_symbol
   return (high << high_shift()) + ((w.low[column >> 2u] >> shift) & 255u);
 }
 
+// Most bits between two refills, at most 128.
+fn most_bits() -> u32 {
+  let of_eight = 8u * raw_bits + 8u / group_size * max_nbits();
+  return of_eight * select(1u, 2u, raw_bits <= 2u);
+}
+
 fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low`
   if (group_size == 4u) {
     let entry = table_entry(s);
     (*s).state = next_state(entry, (*s).w0);
-    advance(s, entry_shift(entry));
+    advance(s, entry_left(entry));
     return vec2<u32>(spread_symbols(entry), 0u);
   }
   let low = raw_bytes((*s).w0);
   let after_raw = (*s).w0 << ((4u * raw_bits) & 31u);
   let pair0 = table_entry(s);
   (*s).state = next_state(pair0, after_raw);
-  let used = 4u * raw_bits + entry_shift(pair0);
+  let left = entry_left(pair0) - 4u * raw_bits;
   var pair1 = 0u;
-  if (4u * raw_bits + 2u * select(12u, 11u, n_states == 2048u) > 31u) {  // both pairs do not fit one word
-    advance(s, used);
+  if (4u * raw_bits + 2u * max_nbits() > 31u) {  // both pairs do not fit one word
+    advance(s, left);
     pair1 = table_entry(s);
     (*s).state = next_state(pair1, (*s).w0);
-    advance(s, entry_shift(pair1));
+    advance(s, entry_left(pair1));
   } else {
     pair1 = table_entry(s);
-    (*s).state = next_state(pair1, after_raw << (pair0 & NBITS));
-    advance(s, used + entry_shift(pair1));
+    (*s).state = next_state(pair1, after_raw << ((0u - entry_left(pair0)) & 31u));
+    advance(s, left + entry_left(pair1));
   }
   let symbols = symbol_bytes(pair0, pair1);
   if (raw_bits > 2u) { return vec2<u32>(symbols, low); }
@@ -95,9 +95,9 @@ fn decode4(s: ptr<function, Stream>) -> vec2<u32> {  // bytes of `high`, of `low
 fn decode16(s: ptr<function, Stream>) -> Weights {
   let a = decode4(s);
   let b = decode4(s);
-  if (raw_bits > 2u) { refill(s); }  // at most 80 bits since the last one
+  if (raw_bits > 2u) { refill(s); }
   let c = decode4(s);
   let d = decode4(s);
-  refill(s);  // at most 128 bits since the last one
+  refill(s);
   return Weights(vec4<u32>(a.x, b.x, c.x, d.x), vec4<u32>(a.y, b.y, c.y, d.y));
 }

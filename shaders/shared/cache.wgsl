@@ -3,12 +3,13 @@
 // pair is a u32. In 8 and 4 bits elements are integers, a vector has two quads or four, and behind all rows there are their
 // scales: in 8 bits an f32, the row's largest element is 127 of it; in 4 bits, which only values may have, one for each half
 // of the head, whose largest is 7 times 16 of it (see unpack).
-// The importer provides  k_cache, v_cache: array<vec4<u32>>,  params.n_kv_heads, params.max_pos, params.half_padded.
+// The importer provides  k_cache, v_cache: array<vec4<u32>>,  params.n_kv_heads, params.max_pos.
 
+override half_quads: u32;  // of a head's pairs, head_dim / 2 of them: a quarter, rounded up; the padding stays zero
 override key_bits: u32;    // 32, 16, 8
 override value_bits: u32;  // or 4
 
-fn row_vectors(bits: u32) -> u32 { return (params.half_padded / 4u * bits + 15u) / 16u; }
+fn row_vectors(bits: u32) -> u32 { return (half_quads * bits + 15u) / 16u; }
 
 fn vector_at(row: u32, quad: u32, bits: u32) -> u32 {
   if (bits == 32u) { return row * row_vectors(bits) + quad; }  // and as many further on
@@ -37,7 +38,7 @@ fn unpack(v: vec4<u32>, quad: u32, bits: u32) -> Pair {  // its scale apart
 fn key(row: u32, quad: u32) -> Pair {
   let at = vector_at(row, quad, key_bits);
   if (key_bits == 32u) {
-    return Pair(bitcast<vec4<f32>>(k_cache[at]), bitcast<vec4<f32>>(k_cache[at + params.half_padded / 4u]));
+    return Pair(bitcast<vec4<f32>>(k_cache[at]), bitcast<vec4<f32>>(k_cache[at + half_quads]));
   }
   return unpack(k_cache[at], quad, key_bits);
 }
@@ -45,7 +46,7 @@ fn key(row: u32, quad: u32) -> Pair {
 fn value(row: u32, quad: u32) -> Pair {
   let at = vector_at(row, quad, value_bits);
   if (value_bits == 32u) {
-    return Pair(bitcast<vec4<f32>>(v_cache[at]), bitcast<vec4<f32>>(v_cache[at + params.half_padded / 4u]));
+    return Pair(bitcast<vec4<f32>>(v_cache[at]), bitcast<vec4<f32>>(v_cache[at + half_quads]));
   }
   return unpack(v_cache[at], quad, value_bits);
 }

@@ -26,7 +26,7 @@ fn store_key(row: u32, quad: u32, x: Pair, most: f32) {
   let at = vector_at(row, quad, key_bits);
   if (key_bits == 32u) {
     k_cache[at] = bitcast<vec4<u32>>(x.lo);
-    k_cache[at + params.half_padded / 4u] = bitcast<vec4<u32>>(x.hi);
+    k_cache[at + half_quads] = bitcast<vec4<u32>>(x.hi);
   } else if (key_bits == 16u) {
     k_cache[at] = pack_f16(x);
   } else {
@@ -41,7 +41,7 @@ fn store_value(row: u32, quad: u32, x: Pair, most: vec2<f32>) {
   let at = vector_at(row, quad, value_bits);
   if (value_bits == 32u) {
     v_cache[at] = bitcast<vec4<u32>>(x.lo);
-    v_cache[at + params.half_padded / 4u] = bitcast<vec4<u32>>(x.hi);
+    v_cache[at + half_quads] = bitcast<vec4<u32>>(x.hi);
   } else if (value_bits == 16u) {
     v_cache[at] = pack_f16(x);
   } else if (value_bits == 8u) {

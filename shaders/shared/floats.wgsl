@@ -1,5 +1,5 @@
 // Weights that are f32 without loss: exponent fields come out of the stream, in place of symbols; sign and mantissa have
-// fields of field_bits of their own. Beside it stand ans.wgsl with wide_symbols, stream.wgsl and matrix.wgsl. The importer provides
+// fields of field_bits of their own. Beside it stand ans.wgsl, stream.wgsl and matrix.wgsl. The importer provides
 // outliers: array<u32>,  mantissas: array<vec4<u32>>  in which the 16-byte chunks of the 32 rows of a tile alternate,
 // and  params.row_chunks, those of a row.
 

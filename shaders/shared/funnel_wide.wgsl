@@ -1,7 +1,7 @@
-// funnel.wgsl by 64-bit integers. Shifts take their amount modulo 64: no mask, which would be an instruction more.
+// funnel.wgsl by 64-bit integers.
 
-fn leading(word: u32, shift: u32) -> u32 { return funnel(0u, word, shift); }
+fn both(high: u32, low: u32) -> u64 { return (u64(high) << 32u) | u64(low); }
 
-fn funnel(high: u32, low: u32, shift: u32) -> u32 {
-  return u32((((u64(high) << 32u) | u64(low)) << (shift & 63u)) >> 32u);
-}
+fn funnel(high: u32, low: u32, shift: u32) -> u32 { return u32((both(high, low) << shift) >> 32u); }
+
+fn funnel_right(high: u32, low: u32, shift: u32) -> u32 { return u32(both(high, low) >> shift); }

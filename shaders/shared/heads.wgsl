@@ -1,5 +1,5 @@
 // Queries, keys and values of a pass of many tokens of one sequence. Beside it stand pairs.wgsl and pages.wgsl; the importer provides
-// y: array<f32>  (tokens, rows of q | k | v),  params.n_heads, params.n_kv_heads, params.half_padded, params.max_pos.
+// y: array<f32>  (tokens, rows of q | k | v),  params.n_heads, params.n_kv_heads, params.max_pos.
 
 fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted through q | k | v
   let rows = (params.n_heads + 2u * params.n_kv_heads) * params.head_dim;

@@ -9,11 +9,11 @@ struct Stream {
   state: u32,
   table: u32,  // first entry of its decode table
   pos: u32,    // bits of `a` that came before w0, 0..127
-  used: u32,   // bits that were in w0..w3 and no longer are: its low 8 bits
+  used: u32,   // bits that were in w0..w3 and no longer are
   next: u32,   // index of b
   a: vec4<u32>,
   b: vec4<u32>,
-  w0: u32,     // the next 128 bits when refilled, ever fewer until it is again
+  w0: u32,     // the next bits when refilled, as many as ans.wgsl's most_bits asks for; ever fewer until it is again
   w1: u32,
   w2: u32,
   w3: u32,
@@ -46,22 +46,23 @@ fn align(s: ptr<function, Stream>) {
   let bits = (*s).pos & 31u;
   (*s).w0 = funnel(select(v0, v1, one), u1, bits);
   (*s).w1 = funnel(u1, u2, bits);
-  (*s).w2 = funnel(u2, u3, bits);
-  (*s).w3 = funnel(u3, select(v4, v5, one), bits);
+  if (most_bits() > 64u) { (*s).w2 = funnel(u2, u3, bits); }
+  if (most_bits() > 96u) { (*s).w3 = funnel(u3, select(v4, v5, one), bits); }
 }
 
-// By 1..31 bits, bit 5 of `bits` being 0. What is shifted in at the end is of no use: whoever refills in time never sees
-// it, nor does the compiler compute it.
-fn advance(s: ptr<function, Stream>, bits: u32) {
-  (*s).w0 = funnel((*s).w0, (*s).w1, bits);
-  (*s).w1 = funnel((*s).w1, (*s).w2, bits);
-  (*s).w2 = funnel((*s).w2, (*s).w3, bits);
-  (*s).w3 = (*s).w3 << (bits & 31u);
-  (*s).used += bits;
+// By 1..31 bits, so that of 32 there are left what the low five bits of `left` say. What is shifted in at the end is of no
+// use: whoever refills in time never sees it, nor does the compiler compute it.
+fn advance(s: ptr<function, Stream>, left: u32) {
+  let rest = left & 31u;
+  (*s).w0 = funnel_right((*s).w0, (*s).w1, rest);
+  (*s).w1 = funnel_right((*s).w1, (*s).w2, rest);
+  (*s).w2 = funnel_right((*s).w2, (*s).w3, rest);
+  (*s).w3 = (*s).w3 << (32u - rest);
+  (*s).used += 32u - rest;
 }
 
-fn refill(s: ptr<function, Stream>) {  // after at most 128 bits
-  let pos = (*s).pos + ((*s).used & 255u);
+fn refill(s: ptr<function, Stream>) {
+  let pos = (*s).pos + (*s).used;
   let crossed = pos >= 128u;
   (*s).pos = pos & 127u;
   (*s).used = 0u;
