@@ -135,7 +135,7 @@ def draw(
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MultipleLocator(0.5))
-    axes.margins(x=0.08, y=0.08)
+    axes.margins(x=0.12, y=0.08)  # room for labels
     bits_label = "stored bits per weight of the block matrices"
     finish(axes, title, bits_label, "mean KL(reference || model), nats per token")
     save(figure, path)
