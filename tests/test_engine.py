@@ -412,7 +412,7 @@ def test_nothing_is_submitted_while_a_mapping_is_pending(
     and whoever waits for it waits for ever.
     """
     engine = exact("gpu")
-    buffers = [readback._buffer for readback in engine._readbacks]
+    buffers = [readback.buffer for readback in engine._readbacks]
     submit, states = Device.submit, set()
 
     def checked(self: Device, commands: Any) -> int:
