@@ -114,7 +114,7 @@ class Engine:
         self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
         self._check_readback = Readback(device, "readback.check", 4 * RING + 4)
-        # Of checks of n tokens: commands to be submitted, and the buffer that they read back into.
+        # Of checks of n tokens: commands to be submitted.
         self._recorded: dict[int, Any] = {}
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache

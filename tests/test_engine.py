@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,7 +370,7 @@ def test_interrupted_generation(
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if next(n_calls) == nth:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return original(*args, **options)
 
     monkeypatch.setattr(*where, interrupted)

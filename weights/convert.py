@@ -99,7 +99,7 @@ def convert(
         raise WeightsError(f"sparsity is {sparsity:g}, expected 0 to less than 1")
     if sparsity and text.tokens == 0:
         raise WeightsError(_SPARSITY_NEEDS)
-    check_place(out)
+    check_place(Path(out))
     matrices = layout.matrices(source.config)
     each = partial(in_processes, size=lambda matrix: matrix_bytes(matrix.rows, matrix.cols))
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
