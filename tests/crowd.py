@@ -1,11 +1,12 @@
 """Asks `answer serve` for so many streams at once, and looks whether each is what it is alone.
 
-    python -m tests.crowd --clients 1 8 16 [--model MODEL]
+    python -m tests.crowd --clients 1 8 16 [--model MODEL] [--exact]
 
 It starts the server by itself. A round is one question of each client, all sent together, none of
-them asked before; afterwards each is asked alone. It fails if an answer differs from that one:
-temperature 0, so only ties within rounding may make it another. Times are the clients': from the
-request to the first text, and tokens from the first request to the last answer's end.
+them asked before; afterwards each is asked alone, all at temperature 0. With --exact it fails if an
+answer differs from that one. Without, activations are rounded to int8 after sums in another order
+now and then, and of two tokens that are nearly as likely the other may come out. Times are the
+clients': from the request to the first text, and tokens from the first request to the last end.
 """
 
 from __future__ import annotations
@@ -109,8 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--clients", type=int, nargs="+", default=[1, 8, 16], metavar="N", help="(1 8 16)")
     add("--rounds", type=int, default=3, metavar="N", help="of each (%(default)s)")
     add("--max-tokens", type=int, default=128, metavar="N", help="(%(default)s)")
+    add("--exact", action="store_true", help="serve with float32 activations")
     a = parser.parse_args(arguments)
     command = [sys.executable, "-m", "engine", "serve", a.model, "--port", "0"]
+    command += ["--exact"] * a.exact
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
@@ -130,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)
-    return int(not all(same))
+    return int(a.exact and not all(same))
 
 
 if __name__ == "__main__":
