@@ -107,6 +107,7 @@ class Generation:
         n_drawn, sampling, context = 0, self._sampling, self._engine.context
         if self._speculate:
             self._engine._lookup.begin(text)
+            self._engine._policy.begin()
         while True:
             # The prompt's own last pass samples the first token; each further token takes one step,
             # whose input must still have a position.
