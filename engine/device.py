@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -190,10 +191,10 @@ class Device:
         data = self.queue.read_buffer(buffer, 0, size)
         return np.frombuffer(data, dtype, count).reshape(shape).copy()
 
-    def submit(self, commands: Any) -> int:
-        """Queue a command buffer; returns what `wait` takes."""
-        handles = _api.new_array("WGPUCommandBuffer[]", [commands._internal])
-        index: int = _api.libf.wgpuQueueSubmitForIndex(self.queue._internal, 1, handles)
+    def submit(self, *commands: Any) -> int:
+        """Queue command buffers; returns what `wait` takes."""
+        handles = _api.new_array("WGPUCommandBuffer[]", [each._internal for each in commands])
+        index: int = _api.libf.wgpuQueueSubmitForIndex(self.queue._internal, len(commands), handles)
         return index
 
     def wait(self, submission: int) -> None:
@@ -222,6 +223,24 @@ class Device:
         return GPUShaderModule(label, create(self.wgpu._internal, descriptor, 0), self.wgpu)
 
 
+_outcomes: dict[int, tuple[int, str]] = {}  # of mappings, by their numbers
+_numbers = itertools.count(1)
+_interrupts: list[BaseException] = []
+
+
+def _note_interrupt(kind: Any, value: BaseException, traceback: Any) -> None:
+    _interrupts.append(value)
+
+
+# One for all and for ever: a mapping that was given up may call back whenever it likes.
+@_api.ffi.callback(
+    "void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)", onerror=_note_interrupt
+)
+def _note_outcome(status: int, message: Any, number: Any, _: Any) -> None:
+    number = int(_api.ffi.cast("uintptr_t", number))
+    _outcomes[number] = status, _api.from_c_string_view(message)
+
+
 class Readback:
     """A small buffer through which the GPU hands results to the host, used again and again.
 
@@ -232,20 +251,18 @@ class Readback:
     def __init__(self, device: Device, label: str, size_bytes: int) -> None:
         self._device, self._label, self._size_bytes = device, label, size_bytes
         self._buffer = self._empty()
-        self._mapping: Any = None
+        self._reading = False
         self._submission = 0
-        # Kept until a later mapping is there: theirs may still call back before it.
-        self._abandoned: list[Any] = []
 
-    def submit(self, commands: Any) -> None:
-        """Queue a command buffer that copies to what `claim` gave."""
-        self._submission = self._device.submit(commands)
+    def submit(self, *commands: Any) -> None:
+        """Queue command buffers of which one copies to what `claim` gave."""
+        self._submission = self._device.submit(*commands)
 
     def claim(self) -> Any:
         """The buffer, free to be copied to."""
-        if self._buffer.map_state != "unmapped":
-            self._abandoned.append((self._buffer, self._mapping))
+        if self._reading:
             self._buffer = self._empty()
+            self._reading = False
         return self._buffer
 
     def _empty(self) -> Any:
@@ -255,21 +272,37 @@ class Readback:
     def read(self) -> np.ndarray:
         """uint32, once the GPU has done what was given to `submit`.
 
-        A mapping alone would be waited for by wgpu until the whole queue is empty: the GPU would
-        be idle while the host prepares its next work.
-
-        The mapping begins only now: were it under way during a submit, wgpu might call back from
-        within that, on the main thread, where a Ctrl-C would swallow the news and the wait would
-        never end.
+        wgpu's own mapping is waited for by a thread that may go on waiting until the whole queue is
+        empty, and takes half a millisecond where it does not. Here the wait is over before the
+        mapping begins, and all happens within the next poll, on this thread. What a Ctrl-C raises
+        in the midst of its callback is raised again.
         """
-        self._device.wait(self._submission)
-        self._mapping = self._buffer.map_async("READ_NOSYNC")
-        self._mapping.sync_wait()
-        values = np.frombuffer(self._buffer.read_mapped(copy=True), np.uint32)
-        self._buffer.unmap()
-        if self._abandoned:
-            self._abandoned.clear()
-            # For a mapping that never calls back wgpu would poll for ever, a core's worth; none is
-            # waited for now.
-            self._device.wgpu._poller._token_ids.clear()
+        device, handle, size = self._device, self._buffer._internal, self._buffer.size
+        ffi, lib, libf = _api.ffi, _api.lib, _api.libf
+        device.wait(self._submission)
+        self._reading = True
+        number = next(_numbers)
+        libf.wgpuBufferMapAsync(
+            handle,
+            lib.WGPUMapMode_Read,
+            0,
+            size,
+            _api.new_struct(
+                "WGPUBufferMapCallbackInfo",
+                mode=lib.WGPUCallbackMode_AllowProcessEvents,
+                callback=_note_outcome,
+                userdata1=ffi.cast("void *", number),
+            ),
+        )
+        while number not in _outcomes:  # (again only if another thread is about to note it)
+            libf.wgpuDevicePoll(device.wgpu._internal, False, ffi.NULL)
+            if _interrupts:
+                raise _interrupts.pop()
+        status, message = _outcomes.pop(number)
+        if status != lib.WGPUMapAsyncStatus_Success:
+            raise RuntimeError(f"could not map {self._label}: {message} ({status})")
+        mapped = libf.wgpuBufferGetConstMappedRange(handle, 0, size)
+        values = np.frombuffer(bytes(ffi.buffer(mapped, size)), np.uint32)
+        libf.wgpuBufferUnmap(handle)
+        self._reading = False
         return values

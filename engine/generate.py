@@ -112,9 +112,8 @@ class Engine:
         # Tokens of a prompt that are queued at once: Ctrl-C is heard between such batches.
         self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
-        self._check_readback = Readback(device, "readback.check", 4 * RING + 4)
-        # Of checks of n tokens: commands to be submitted, and the buffer that they read back into.
-        self._recorded: dict[int, tuple[Any, Any]] = {}
+        # Commands to be submitted: of a single step under 1, of a check under its tokens.
+        self._recorded: dict[int, Any] = {}
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
@@ -161,14 +160,13 @@ class Engine:
     def close(self) -> None:
         """Give back the device's memory; the engine is of no use after this."""
         self._stop_active()
-        # wgpu keeps what commands use until they are submitted. What an interrupted reading stands
-        # in the way of, and a lost device does not take, stays until the program ends.
-        recorded = [c for c, into in self._recorded.values() if into.map_state == "unmapped"]
+        # wgpu keeps what commands use until they are submitted. What a lost device does not take
+        # stays until the program ends.
+        recorded = list(self._recorded.values())
         self._recorded.clear()
         with suppress(DeviceLostError), self.device.errors():
             self._model.write_state(0, [0])  # raises, where to submit would end the process
-            for commands in recorded:
-                self.device.submit(commands)
+            self.device.submit(*recorded)
         if self._draft is not None:
             self._draft.close()
 
@@ -365,40 +363,35 @@ class Engine:
         """
         encoder = self.device.wgpu.create_command_encoder()
         encode(encoder, plans)
-        return self._finish(encoder)
+        return self._finish(encoder.finish())
 
-    def _submit_steps(self, n_steps: int) -> Readback:
-        return self._submit(self._step * n_steps)
-
-    def _finish(self, encoder: Any) -> Readback:
+    def _finish(self, commands: Any) -> Readback:
+        """Queue `commands` and the ring's way back."""
         readback = self._readbacks[0]
         self._readbacks.reverse()
-        self._read_ring(encoder, readback.claim())
-        readback.submit(encoder.finish())
-        return readback
-
-    def _read_ring(self, encoder: Any, target: Any) -> None:
+        encoder, target = self.device.wgpu.create_command_encoder(), readback.claim()
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
         encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
+        readback.submit(commands, encoder.finish())
+        return readback
 
-    def _submit_check_pass(self, n: int) -> Readback:
-        """Queue a check of the n tokens in the state.
+    def _submit_steps(self, n_steps: int) -> Readback:
+        return self._submit(self._step * n_steps) if n_steps > 1 else self._submit_recorded(1)
 
-        Its commands are the same whatever is checked, and to record them takes as long as half of
-        the pass on a fast GPU: so the next ones are recorded while this one runs.
+    def _submit_recorded(self, n: int) -> Readback:
+        """Queue a check of the n tokens in the state, or of one a step.
+
+        Its commands are the same whatever is read, and to record them takes as long as half of the
+        pass on a fast GPU: so the next ones are recorded while this one runs.
         """
-        target = self._check_readback.claim()
-        commands, into = self._recorded.pop(n, (None, None))
-        if into is not target:
-            commands = self._record_check(n, target)
-        self._check_readback.submit(commands)
-        self._recorded[n] = self._record_check(n, target), target
-        return self._check_readback
+        commands = self._recorded.pop(n, None) or self._record(n)
+        readback = self._finish(commands)
+        self._recorded[n] = self._record(n)
+        return readback
 
-    def _record_check(self, n: int, target: Any) -> Any:
+    def _record(self, n: int) -> Any:
         encoder = self.device.wgpu.create_command_encoder()
-        encode(encoder, self._check_pass[n])
-        self._read_ring(encoder, target)
+        encode(encoder, self._step if n == 1 else self._check_pass[n])
         return encoder.finish()
 
     def _submit_check(
@@ -409,7 +402,7 @@ class Engine:
         if draft.source == LOOKUP:
             tokens = [token, *self._lookup.draft(n - 1)]
             self._model.write_state(pos, tokens, sampling.seed, n_sampled)
-            return self._submit_check_pass(n)
+            return self._submit_recorded(n)
         assert self._draft is not None
         if self._draft._cached != self._cached:
             self._draft._read_prompt(self._cached, sampling, draw=False)
@@ -425,7 +418,7 @@ class Engine:
             self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
         )
         encode(encoder, self._check_pass[n])
-        return self._finish(encoder)
+        return self._finish(encoder.finish())
 
 
 def _tokens(batch: Batch, sequences: list[BatchSequence]) -> Iterator[tuple[int, int]]:

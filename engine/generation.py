@@ -138,12 +138,15 @@ class Generation:
         pending = deque([_Submitted(engine._submit(), 0, None, waited)])
         read = previous = 0
         submitted = 1
-        # Few at first: where a draft is worth a check, what is under way is waited for.
+        # Few at first, and where there may soon be something to check: it waits for what is under
+        # way.
         n_steps = 1 if self._speculate else engine._tokens_per_submit
         while read < wanted:
             draft = self._choose(wanted - read) if read else None
             if draft is None:
                 while submitted < wanted and len(pending) <= engine._submits_ahead:
+                    if self._speculate and engine._lookup.promising:
+                        n_steps = 1
                     n = min(n_steps, wanted - submitted)
                     now = time.perf_counter()
                     pending.append(_Submitted(engine._submit_steps(n), n, None, now))

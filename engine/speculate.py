@@ -116,6 +116,11 @@ class Lookup:
         """How likely each of `n` drafted tokens is right if those before it are."""
         return [self._chance(self._found, i).share for i in range(n)] if self._found else []
 
+    @property
+    def promising(self) -> bool:
+        """Whether the next token is more likely foretold than not."""
+        return any(share > 0.5 for share in self.shares(1))
+
     def _chance(self, match: _Match, further: int) -> Chance:
         """That of the token `further` behind the next."""
         length = match.length + further
@@ -179,9 +184,9 @@ class Policy:
     """Which draft pays, from what checks took and from how likely their tokens are right.
 
     Times are in single steps, as their ratio is a property of the device. Whatever the estimates
-    say, `credit` bounds what an answer may lose: a check is made only while there is enough for none
-    of its guesses to be right. What it yields beyond the steps of its time is added, what it falls
-    short is taken away, and each single step brings back a little.
+    say, `credit` bounds what an answer may lose: a check is made only while there is enough for
+    none of its guesses to be right. What it yields beyond the steps of its time is added, what it
+    falls short is taken away, and each single step brings back a little.
     """
 
     sizes: tuple[int, ...]  # tokens of a pass that checks, least first
