@@ -138,25 +138,21 @@ class Generation:
         pending = deque([_Submitted(engine._submit(), 0, None, waited)])
         read = previous = 0
         submitted = 1
-        # Few at first, and where there may soon be something to check: it waits for what is under
-        # way.
-        n_steps = 1 if self._speculate else engine._tokens_per_submit
+        singles = 0  # submits of single steps in a row
         while read < wanted:
             draft = self._choose(wanted - read) if read else None
             if draft is None:
                 while submitted < wanted and len(pending) <= engine._submits_ahead:
-                    if self._speculate and engine._lookup.promising:
-                        n_steps = 1
-                    n = min(n_steps, wanted - submitted)
+                    n = min(self._steps_per_submit(singles), wanted - submitted)
                     now = time.perf_counter()
                     pending.append(_Submitted(engine._submit_steps(n), n, None, now))
                     submitted += n
-                    n_steps = min(2 * n_steps, engine._tokens_per_submit)
+                    singles += 1
             elif not pending:
                 now = time.perf_counter()
                 readback = engine._submit_check(draft, previous, sampling, read)
                 pending.append(_Submitted(readback, 1, draft, now))
-                n_steps = 1
+                singles = 0
             done = pending.popleft()
             ring = done.readback.read()
             now = time.perf_counter()
@@ -174,6 +170,20 @@ class Generation:
                 read += 1
                 previous = token
                 yield token
+
+    def _steps_per_submit(self, singles: int) -> int:
+        """As many as keep the GPU busy, after so many `singles`.
+
+        A check waits for what is under way: so half as many where there may be one, and one where
+        it is near. After a check the GPU has nothing to do while the first are recorded, and each
+        submit takes two thirds as long to record as to run: they grow slowly.
+        """
+        most = self._engine._tokens_per_submit
+        if not self._speculate:
+            return most
+        if self._engine._lookup.promising:
+            return 1
+        return min(1 + singles // 2, max(1, most // 2))
 
     def _choose(self, most: int) -> Draft | None:
         """What to check next, of at most `most` tokens."""
