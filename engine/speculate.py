@@ -202,7 +202,7 @@ class Policy:
     _SPARE_CREDIT = 3.0  # the most that single steps bring, and that an answer begins with
     _MAX_CREDIT = 16.0
     _CREDIT_PER_STEP = 0.015  # so in the long run 1.5 % are lost at most
-    _WORTH = 1.1  # times the speed of single steps: less is within what the estimates are off
+    _WORTH = 1.2  # times the speed of single steps: less is within what the estimates are off
 
     def begin(self) -> None:
         """An answer begins: what others have won or lost counts little."""
