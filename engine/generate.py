@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -112,8 +114,12 @@ class Engine:
         # Tokens of a prompt that are queued at once: Ctrl-C is heard between such batches.
         self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
-        # Commands to be submitted: of a single step under 1, of a check under its tokens.
-        self._recorded: dict[int, Any] = {}
+        # To record a pass takes the host as long as a fast GPU takes to run it. So threads do it
+        # beforehand (most of it is in the library, outside Python's lock), and a check is followed
+        # at once by whatever its outcome calls for. Commands of a single step are under 1, of a
+        # check under its tokens.
+        self._recorders = None if device.software else ThreadPoolExecutor(2, "recorder")
+        self._recorded: defaultdict[int, deque[Future[Any]]] = defaultdict(deque)
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
@@ -162,11 +168,13 @@ class Engine:
         self._stop_active()
         # wgpu keeps what commands use until they are submitted. What a lost device does not take
         # stays until the program ends.
-        recorded = list(self._recorded.values())
-        self._recorded.clear()
         with suppress(DeviceLostError), self.device.errors():
+            recorded = [each.result() for stock in self._recorded.values() for each in stock]
             self._model.write_state(0, [0])  # raises, where to submit would end the process
             self.device.submit(*recorded)
+        self._recorded.clear()
+        if self._recorders is not None:
+            self._recorders.shutdown()
         if self._draft is not None:
             self._draft.close()
 
@@ -365,29 +373,35 @@ class Engine:
         encode(encoder, plans)
         return self._finish(encoder.finish())
 
-    def _finish(self, commands: Any) -> Readback:
+    def _finish(self, *commands: Any) -> Readback:
         """Queue `commands` and the ring's way back."""
         readback = self._readbacks[0]
         self._readbacks.reverse()
         encoder, target = self.device.wgpu.create_command_encoder(), readback.claim()
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
         encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
-        readback.submit(commands, encoder.finish())
+        readback.submit(*commands, encoder.finish())
         return readback
 
     def _submit_steps(self, n_steps: int) -> Readback:
-        return self._submit(self._step * n_steps) if n_steps > 1 else self._submit_recorded(1)
+        return self._submit_recorded(1, n_steps, self._tokens_per_submit)
 
-    def _submit_recorded(self, n: int) -> Readback:
-        """Queue a check of the n tokens in the state, or of one a step.
-
-        Its commands are the same whatever is read, and to record them takes as long as half of the
-        pass on a fast GPU: so the next ones are recorded while this one runs.
+    def _submit_recorded(self, n: int, times: int, stock: int) -> Readback:
+        """Queue a check of the n tokens in the state, or `times` single steps, and have `stock` of
+        the same recorded for the next time.
         """
-        commands = self._recorded.pop(n, None) or self._record(n)
-        readback = self._finish(commands)
-        self._recorded[n] = self._record(n)
+        if self._recorders is None:
+            return self._finish(*(self._record(n) for _ in range(times)))
+        recorded = self._recorded[n]
+        self._have_recorded(n, times)
+        readback = self._finish(*(recorded.popleft().result() for _ in range(times)))
+        self._have_recorded(n, stock)
         return readback
+
+    def _have_recorded(self, n: int, count: int) -> None:
+        assert self._recorders is not None
+        for _ in range(len(self._recorded[n]), count):
+            self._recorded[n].append(self._recorders.submit(self._record, n))
 
     def _record(self, n: int) -> Any:
         encoder = self.device.wgpu.create_command_encoder()
@@ -402,7 +416,7 @@ class Engine:
         if draft.source == LOOKUP:
             tokens = [token, *self._lookup.draft(n - 1)]
             self._model.write_state(pos, tokens, sampling.seed, n_sampled)
-            return self._submit_recorded(n)
+            return self._submit_recorded(n, 1, 1)
         assert self._draft is not None
         if self._draft._cached != self._cached:
             self._draft._read_prompt(self._cached, sampling, draw=False)

@@ -174,9 +174,8 @@ class Generation:
     def _steps_per_submit(self, singles: int) -> int:
         """As many as keep the GPU busy, after so many `singles`.
 
-        A check waits for what is under way: so half as many where there may be one, and one where
-        it is near. After a check the GPU has nothing to do while the first are recorded, and each
-        submit takes two thirds as long to record as to run: they grow slowly.
+        A check waits for what is under way: so half as many where there may be one, and few after
+        one or where the next is near.
         """
         most = self._engine._tokens_per_submit
         if not self._speculate:
