@@ -16,6 +16,7 @@ from wgpu.backends.wgpu_native import GPUShaderModule, _api
 from wgpu.backends.wgpu_native.extras import set_instance_extras
 
 from engine.errors import DeviceError, DeviceLostError, OutOfMemoryError
+from engine.interrupt import uninterrupted
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
@@ -139,6 +140,7 @@ class Device:
         sizes = dict(line.split(":") for line in lines)
         return 1024 * int(sizes["MemAvailable"].split()[0]) if "MemAvailable" in sizes else None
 
+    @uninterrupted()
     def empty(self, label: str, size_bytes: int, usage: int = STORAGE) -> Any:
         """A zeroed buffer."""
         size = max(16, -(-size_bytes // 16) * 16)
@@ -184,6 +186,7 @@ class Device:
             last[: data.size - whole] = data[whole:]
             self.queue.write_buffer(buffer, offset_bytes + whole, last)
 
+    @uninterrupted()
     def read(self, buffer: Any, dtype: Any, shape: Sequence[int]) -> np.ndarray:
         """The first elements of a buffer; waits for all that was submitted before."""
         count = int(np.prod(shape))
@@ -225,62 +228,41 @@ class Device:
 
 _outcomes: dict[int, tuple[int, str]] = {}  # of mappings, by their numbers
 _numbers = itertools.count(1)
-_interrupts: list[BaseException] = []
 
 
-def _note_interrupt(kind: Any, value: BaseException, traceback: Any) -> None:
-    _interrupts.append(value)
-
-
-# One for all and for ever: a mapping that was given up may call back whenever it likes.
-@_api.ffi.callback(
-    "void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)", onerror=_note_interrupt
-)
+@_api.ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")
 def _note_outcome(status: int, message: Any, number: Any, _: Any) -> None:
     number = int(_api.ffi.cast("uintptr_t", number))
     _outcomes[number] = status, _api.from_c_string_view(message)
 
 
 class Readback:
-    """A small buffer through which the GPU hands results to the host, used again and again.
-
-    A buffer that is or may become mapped must not be copied to. So one whose `read` was interrupted
-    (Ctrl-C), and which may be in any state, is put aside for a new one.
-    """
+    """A small buffer through which the GPU hands results to the host, used again and again."""
 
     def __init__(self, device: Device, label: str, size_bytes: int) -> None:
-        self._device, self._label, self._size_bytes = device, label, size_bytes
-        self._buffer = self._empty()
-        self._reading = False
+        self._device, self._label = device, label
+        usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
+        self.buffer = device.empty(label, size_bytes, usage)
         self._submission = 0
 
     def submit(self, *commands: Any) -> None:
-        """Queue command buffers of which one copies to what `claim` gave."""
+        """Queue command buffers of which one copies to `buffer`."""
         self._submission = self._device.submit(*commands)
 
-    def claim(self) -> Any:
-        """The buffer, free to be copied to."""
-        if self._reading:
-            self._buffer = self._empty()
-            self._reading = False
-        return self._buffer
-
-    def _empty(self) -> Any:
-        usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
-        return self._device.empty(self._label, self._size_bytes, usage)
-
+    @uninterrupted()
     def read(self) -> np.ndarray:
         """uint32, once the GPU has done what was given to `submit`.
 
         wgpu's own mapping is waited for by a thread that may go on waiting until the whole queue is
-        empty, and takes half a millisecond where it does not. Here the wait is over before the
-        mapping begins, and all happens within the next poll, on this thread. What a Ctrl-C raises
-        in the midst of its callback is raised again.
+        empty, and takes a quarter of a millisecond where it does not. Here the wait is over before
+        the mapping begins, and all happens within the next poll, on this thread.
+
+        A Ctrl-C within a mapping could leave a lock of wgpu's locked, or the buffer mapped. It
+        comes afterwards: that long a wait for the GPU could not be interrupted anyway.
         """
-        device, handle, size = self._device, self._buffer._internal, self._buffer.size
+        device, handle, size = self._device, self.buffer._internal, self.buffer.size
         ffi, lib, libf = _api.ffi, _api.lib, _api.libf
         device.wait(self._submission)
-        self._reading = True
         number = next(_numbers)
         libf.wgpuBufferMapAsync(
             handle,
@@ -296,13 +278,10 @@ class Readback:
         )
         while number not in _outcomes:  # (again only if another thread is about to note it)
             libf.wgpuDevicePoll(device.wgpu._internal, False, ffi.NULL)
-            if _interrupts:
-                raise _interrupts.pop()
         status, message = _outcomes.pop(number)
         if status != lib.WGPUMapAsyncStatus_Success:
             raise RuntimeError(f"could not map {self._label}: {message} ({status})")
         mapped = libf.wgpuBufferGetConstMappedRange(handle, 0, size)
         values = np.frombuffer(bytes(ffi.buffer(mapped, size)), np.uint32)
         libf.wgpuBufferUnmap(handle)
-        self._reading = False
         return values

@@ -17,6 +17,7 @@ from engine.device import Device, Readback
 from engine.errors import DeviceLostError, EngineError, OutOfMemoryError
 from engine.flags import CACHES
 from engine.generation import Generation, Stats
+from engine.interrupt import uninterrupted
 from engine.kernel import Dispatch
 from engine.memory import Memory, Wanted
 from engine.plan import Plan, encode, gpu_seconds, run
@@ -364,6 +365,7 @@ class Engine:
                 heard = pos
         return reused
 
+    @uninterrupted()
     def _submit(self, plans: Sequence[Plan] = ()) -> Readback:
         """Queue one pass over `plans`; then the ring of tokens, and how many went there, come back.
 
@@ -377,7 +379,7 @@ class Engine:
         """Queue `commands` and the ring's way back."""
         readback = self._readbacks[0]
         self._readbacks.reverse()
-        encoder, target = self.device.wgpu.create_command_encoder(), readback.claim()
+        encoder, target = self.device.wgpu.create_command_encoder(), readback.buffer
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
         encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
         readback.submit(*commands, encoder.finish())
@@ -386,6 +388,7 @@ class Engine:
     def _submit_steps(self, n_steps: int) -> Readback:
         return self._submit_recorded(1, n_steps, self._tokens_per_submit)
 
+    @uninterrupted()
     def _submit_recorded(self, n: int, times: int, stock: int) -> Readback:
         """Queue a check of the n tokens in the state, or `times` single steps, and have `stock` of
         the same recorded for the next time.
@@ -426,13 +429,14 @@ class Engine:
         # takes a step more than there are drafts, and so has read all of them, if all are right.
         drafter.write_state(pos, [token], sampling.seed)
         self._model.write_state(pos, [token] * n, sampling.seed, n_sampled)
-        encoder = self.device.wgpu.create_command_encoder()
-        encode(encoder, self._draft._step * n)
-        encoder.copy_buffer_to_buffer(
-            self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
-        )
-        encode(encoder, self._check_pass[n])
-        return self._finish(encoder.finish())
+        with uninterrupted():
+            encoder = self.device.wgpu.create_command_encoder()
+            encode(encoder, self._draft._step * n)
+            encoder.copy_buffer_to_buffer(
+                self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
+            )
+            encode(encoder, self._check_pass[n])
+            return self._finish(encoder.finish())
 
 
 def _tokens(batch: Batch, sequences: list[BatchSequence]) -> Iterator[tuple[int, int]]:
