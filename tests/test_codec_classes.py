@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from codec.classes import MAX_UNITS, TILE, device_order, split, units
+from codec.classes import MAX_UNITS, TILE, class_bits, device_order, split, units
 
 
 def cost(counts, rows, ranges, symbol_bits):
@@ -28,7 +28,8 @@ def test_no_other_cuts_are_cheaper(size, most):
     p = rng.dirichlet(np.full(6, 2.0), n_units)
     counts = np.array([rng.multinomial(size, of_unit) for of_unit in p]).astype(float)
     rows = np.array([64, 64, 64, 64, 64, 64, 7])
-    got, saved = split(counts, rows, most, 16)
+    found, saved = split([class_bits(counts, rows, 16)], most)
+    got = [(first, end) for first, end, _ in found]
     assert [begin for begin, _ in got] == [0, *(end for _, end in got[:-1])]
     assert got[-1][1] == n_units
     every = [
