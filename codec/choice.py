@@ -179,8 +179,9 @@ def _code(
     log2_states: int,
     group: int,
 ) -> Code:
-    """The best classes, each with one of the given numbers of raw bits, in this order: counts (units,
-    65) as of `_near` and what classes cost, for each of the numbers.
+    """The best classes, each with one of the given numbers of raw bits, in this order.
+
+    For each of the numbers there are counts (units, 65) as of `_near` and what classes cost.
     """
     found = _choose_classes(near, costs, raw_bits, log2_states, group)
     min_symbol = min(c.low for c in found)

@@ -88,13 +88,13 @@ def split(kinds: Sequence[FloatArray], most: int) -> tuple[list[Range], float]:
         best = longer
         steps.append(step)
         totals.append([float(b[-1]) for b in best])
-    n_more, kind = np.unravel_index(np.argmin(totals), (len(totals), len(kinds)))
+    n_more, kind = divmod(int(np.argmin(totals)), len(kinds))
     end, ranges = n_units, []
-    for step in reversed(steps[: int(n_more)]):
-        first, kind_before = step[int(kind)]
-        ranges.append(Range(int(first[end]), end, int(kind)))
-        end, kind = int(first[end]), kind_before[end]
-    return [Range(0, end, int(kind)), *reversed(ranges)], min(totals[0]) - float(np.min(totals))
+    for step in reversed(steps[:n_more]):
+        first, kind_before = step[kind]
+        ranges.append(Range(int(first[end]), end, kind))
+        end, kind = int(first[end]), int(kind_before[end])
+    return [Range(0, end, kind), *reversed(ranges)], min(totals[0]) - float(np.min(totals))
 
 
 def _n_log2_n(n: FloatArray) -> FloatArray:

@@ -1,10 +1,10 @@
 """Integers to what the coder codes, and back: groups of symbols, raw low bits, and outliers.
 
-q is cut into hi = q >> raw_bits and its low bits, as many as the row's class says. hi is coded as a symbol, hi - min_symbol in 0 ..
-n_symbols - 1, two or four neighbouring columns to a group; the low bits of four, a quad, are one
-field, the first column's lowest. Rows are filled up to whole quads with q = 0. What the coded group
-does not say, because hi is out of range or the group too rare to have a state, is an outlier: its
-remainder is hi less the coded hi.
+q is cut into hi = q >> raw_bits and its low bits, as many as the row's class has. hi is coded as a
+symbol, hi - min_symbol in 0 .. n_symbols - 1, two or four neighbouring columns to a group; the low
+bits of four, a quad, are one field, the first column's lowest. Rows are filled up to whole quads
+with q = 0. What the coded group does not say, because hi is out of range or the group too rare to
+have a state, is an outlier: its remainder is hi less the coded hi.
 """
 
 import numpy as np

@@ -115,7 +115,8 @@ class GpuMatrix:
         self._overrides: dict[str, int] = {}
         self._params = dict(offset=m.min_symbol << m.raw_bits)
         self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
-        self._planes = 1 if m.raw_bits <= FAST_RAW_BITS else 2  # of bytes: shaders/shared/planes.wgsl
+        # Of bytes: shaders/shared/planes.wgsl.
+        self._planes = 1 if m.raw_bits <= FAST_RAW_BITS else 2
         self._far = far_outliers(m)
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:

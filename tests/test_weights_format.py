@@ -46,7 +46,17 @@ def hexadecimal(values: np.ndarray) -> list[str]:
 
 
 def test_format_example_is_what_the_code_makes(example: dict[str, Any], coded: CodedMatrix) -> None:
-    fields = ("rows", "cols", "log2_states", "n_classes", "group", "raw_bits", "n_narrow", "narrow_raw_bits", "min_symbol")
+    fields = (
+        "rows",
+        "cols",
+        "log2_states",
+        "n_classes",
+        "group",
+        "raw_bits",
+        "n_narrow",
+        "narrow_raw_bits",
+        "min_symbol",
+    )
     assert {field: getattr(coded, field) for field in fields} == {f: example[f] for f in fields}
     assert hexadecimal(coded.words) == example["words"]
     assert hexadecimal(pack_side(coded)) == example["side"]

@@ -30,8 +30,8 @@ class MatrixReport:
     name: str
     n_weights: int
     shape: tuple[int, int] | None  # (rows, cols); None for a total
-    # "P/g/b/n/k": log2 of the states, weights to a group, raw bits ("0+1": 0 in narrow classes, 1 in
-    code: str  # others), symbols, classes; empty for a total
+    # "P/g/b/n/k": log2 of the states, weights to a group, raw bits ("0+1": none in narrow classes,
+    code: str  # one in others), symbols, classes; empty for a total
     stored_bits: float  # per weight, everything counted in
     raw_bits: float  # per weight, among these: not entropy-coded, but stored as they are
     # Bits per weight of the integers' own histogram, the best a coder can do; of weights without
@@ -47,7 +47,7 @@ class MatrixReport:
 def describe(name: str, matrix: AnyMatrix, decoded: npt.NDArray[Any]) -> MatrixReport:
     """`decoded` (rows, cols) is what `matrix` decodes to: integers, or floats without loss."""
     if isinstance(matrix, LosslessMatrix):
-        coded, raw_bits = matrix.exponents, matrix.field_bits
+        coded, raw_bits = matrix.exponents, float(matrix.field_bits)
         entropy = raw_bits + _entropy(exponent_fields(decoded))
     else:
         coded, raw_bits = matrix, float(matrix.row_raw_bits.mean())
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="answer inspect",
         description="Show what a weights file holds, and check all of it.",
         epilog="P/g/b/n/k: k decode tables of 2^P states, of groups of g weights, b raw bits per "
-        "weight, n symbols. "
+        "weight, n symbols; narrow rows may have fewer raw bits, which then stand first: 0+2. "
         "Without loss, sign and mantissa are raw and symbols are exponents.",
     )
     parser.add_argument("file", help="weights file or name of a model")

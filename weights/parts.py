@@ -35,7 +35,17 @@ class Kind:
 
 
 QUANTIZED = Kind(
-    fields=("rows", "cols", "log2_states", "n_classes", "group", "raw_bits", "n_narrow", "narrow_raw_bits", "min_symbol"),
+    fields=(
+        "rows",
+        "cols",
+        "log2_states",
+        "n_classes",
+        "group",
+        "raw_bits",
+        "n_narrow",
+        "narrow_raw_bits",
+        "min_symbol",
+    ),
     large={"words": "U32", "side": "U32", "outliers": "U32"},
     small={"marginals": "U16"},
 )
