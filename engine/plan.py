@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,21 @@ class Plan:
 
     def __init__(self, dispatches: Iterable[Dispatch]) -> None:
         self.dispatches = list(dispatches)  # keeps pipelines and bind groups alive
-        # Of each its pipeline, None if it is the one before's, its bind group, and its workgroups.
-        self._launches: list[tuple[Any, ...]] = []
+
+    @cached_property
+    def _launches(self) -> list[tuple[Any, ...]]:
+        """Of each its pipeline, None if it is the one before's, its bind group, its workgroups.
+
+        Made for the first replay, until when its kernels, and other plans', may be compiled.
+        """
+        launches: list[tuple[Any, ...]] = []
         previous = None
         for d in self.dispatches:
             pipeline = d.kernel.pipeline
             handle = None if pipeline is previous else pipeline._internal
-            self._launches.append((handle, d.bind_group._internal, *d.workgroups))
+            launches.append((handle, d.bind_group._internal, *d.workgroups))
             previous = pipeline
+        return launches
 
     def replay(self, compute_pass: Any) -> None:
         handle, null, lib = compute_pass._internal, _api.ffi.NULL, _api.lib
