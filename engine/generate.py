@@ -135,6 +135,7 @@ class Engine:
         self._draft_chance = Chance(1.2)
         if draft is not None:
             self._draft = Engine(draft, device, exact=exact, context=draft_context, cache=cache)
+        self._model.kernels.wait()
 
     @classmethod
     def open(
