@@ -52,6 +52,9 @@ _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
+_FEW_TOKENS = 8  # for more a lane of a matvec takes several rows
+_ROWS_OF_MANY = 2  # as matvec_many has it
+
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 _SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
@@ -253,6 +256,9 @@ class GpuMatrix:
 
         `eps`: x comes from such a norm, which has left its factor to this matvec.
         """
+        if tokens > _FEW_TOKENS and not (self.floats or self.whole_rows or eps or then):
+            yield from self._matvec_many(x, y, tokens, digits)
+            return
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
         if self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
@@ -294,6 +300,41 @@ class GpuMatrix:
                 **activations,
                 y=y.buffer,
                 **after,
+            )
+
+    def _matvec_many(
+        self, x: Activations, y: Output, tokens: int, digits: int, joined: int = 1
+    ) -> Iterator[Dispatch]:
+        segments = self.n_segments // (joined * y.splits)
+        kernel = self.kernels.get(
+            "matvec_many",
+            tokens=tokens,
+            digits=digits,
+            segments_per_group=segments,
+            lanes=TILE * segments,
+            words_of_rows=_ROWS_OF_MANY * self.n_states,
+            **self._stream,
+            **self._overrides,
+        )
+        for part in self.parts:
+            yield kernel.dispatch(
+                [-(-part.rows // (_ROWS_OF_MANY * TILE)), y.splits],
+                dict(
+                    rows=part.rows,
+                    rows_padded=part.rows_padded,
+                    y_rows=self.rows,
+                    n_blocks=self.n_blocks,
+                    n_segments=self.n_segments,
+                    joined=joined,
+                    splits=y.splits,
+                    **self._params,
+                ),
+                **part.buffers,
+                table=self.table,
+                outliers=self.outliers,
+                in_digits=x.digits,
+                in_scale=x.scale,
+                y=y.buffer,
             )
 
     @property
