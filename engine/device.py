@@ -84,6 +84,7 @@ class Device:
         # Whether a barrier for storage orders what the whole device sees: shaders/shared/last.wgsl.
         self.fences = adapter.info["backend_type"] == "Vulkan"
         # Of no use to a CPU, whose vectors would hold half as many.
+        self.constants = not self.software  # compiled in, see engine/kernel.py; CPUs take longer
         self.int64 = "shader-int64" in adapter.features and not self.software
         self.allocated_bytes = 0
         limits = {name: adapter.limits[name] for name in _RAISED_LIMITS}

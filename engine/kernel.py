@@ -25,13 +25,16 @@ _BINDING = re.compile(
 )
 _PARAMS = re.compile(r"struct Params \{(.*?)\}", re.DOTALL)
 _FIELD = re.compile(r"(\w+): (u32|i32|f32)")
+_PARAM = re.compile(r"\bparams\.(\w+)")
 _OVERRIDE = re.compile(r"^override (\w+): \w+;", re.MULTILINE)
+_PARAMS_BINDING = "@group(0) @binding(0) var<uniform> params: Params;"
 _KIND = {
     "uniform": wgpu.BufferBindingType.uniform,
     "storage, read": wgpu.BufferBindingType.read_only_storage,
     "storage, read_write": wgpu.BufferBindingType.storage,
 }
 _PACK = {"u32": "I", "i32": "i", "f32": "f"}
+_SUFFIX = {"u32": "u", "i32": "i", "f32": "f"}
 
 
 @cache
@@ -65,15 +68,25 @@ class Dispatch:
 
 
 class Kernel:
-    """A compiled shader with its overrides fixed."""
+    """A compiled shader with its overrides fixed, and those of its params that are `constants`."""
 
-    def __init__(self, device: Device, name: str, **overrides: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        name: str,
+        constants: Mapping[str, int | float] | None = None,
+        **overrides: int,
+    ) -> None:
         code = shader_source(name, device.int64)
         self.device = device
         self.name = name
-        self.bindings = {m[3]: (int(m[1]), m[2]) for m in _BINDING.finditer(code)}
+        self.overrides = overrides
+        self._constants = dict(constants or {})
+        self._of_constants: dict[tuple[tuple[str, int | float], ...], Kernel] = {}
         params = _PARAMS.search(code)
         self.params = _FIELD.findall(re.sub("//.*", "", params[1])) if params else []
+        code = _with_constants(code, self._constants, self.params)
+        self.bindings = {m[3]: (int(m[1]), m[2]) for m in _BINDING.finditer(code)}
         _same_names(f"{name}: overrides", overrides, _OVERRIDE.findall(code))
         self.layout = device.wgpu.create_bind_group_layout(
             label=name,
@@ -100,14 +113,25 @@ class Kernel:
         self,
         workgroups: Sequence[int],
         params: Mapping[str, int | float] | None = None,
+        constants: Mapping[str, int | float] | None = None,
         **buffers: Any,
     ) -> Dispatch:
-        """Record a launch of workgroups (x, y, z); `params` fill `struct Params` by name.
+        """Record a launch of workgroups (x, y, z); both mappings fill `struct Params` by name.
 
+        A GPU has `constants` compiled in, for each set of them anew, so there must be few: what a
+        launch reads first comes from far away, and all of the launch waits for it.
         A buffer may be given as (buffer, offset, size) in bytes.
         """
-        if self.params:
-            buffers["params"] = self._pack(params or {})
+        if constants and self.device.constants:
+            key = tuple(constants.items())
+            if key not in self._of_constants:
+                kernel = Kernel(self.device, self.name, constants, **self.overrides)
+                self._of_constants[key] = kernel
+            return self._of_constants[key].dispatch(workgroups, params, **buffers)
+        params = {**self._constants, **(constants or {}), **(params or {})}
+        _same_names(f"{self.name}: params", params, [field for field, _ in self.params])
+        if "params" in self.bindings:
+            buffers["params"] = self._pack(params)
         _same_names(f"{self.name}: buffers", buffers, self.bindings)
         group = self.device.wgpu.create_bind_group(
             label=self.name,
@@ -124,7 +148,6 @@ class Kernel:
         return Dispatch(self, group, (x, y, z))
 
     def _pack(self, params: Mapping[str, int | float]) -> Any:
-        _same_names(f"{self.name}: params", params, [field for field, _ in self.params])
         layout = "<" + "".join(_PACK[kind] for _, kind in self.params)
         data = struct.pack(layout, *(params[field] for field, _ in self.params))
         return self.device.upload(f"{self.name}.params", np.frombuffer(data, np.uint8), UNIFORM)
@@ -140,8 +163,24 @@ class Kernels:
     def get(self, name: str, **overrides: int) -> Kernel:
         key = (name, tuple(sorted(overrides.items())))
         if key not in self._made:
-            self._made[key] = Kernel(self.device, name, **overrides)
+            self._made[key] = Kernel(self.device, name, None, **overrides)
         return self._made[key]
+
+
+def _with_constants(
+    code: str, constants: Mapping[str, int | float], params: Sequence[tuple[str, str]]
+) -> str:
+    """The code with literals in the place of these params; if it has no others, they are bound no
+    longer.
+    """
+    literals = {
+        field: f"({constants[field]!r}{_SUFFIX[kind]})"
+        for field, kind in params
+        if field in constants
+    }
+    if literals and len(literals) == len(params):
+        code = code.replace(_PARAMS_BINDING, "")
+    return _PARAM.sub(lambda use: literals.get(use[1], use[0]), code)
 
 
 def _range(given: Any) -> tuple[Any, int, int]:

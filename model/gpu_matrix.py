@@ -41,7 +41,8 @@ from model.gpu_layout import (
 
 _MAX_TABLE = 4096  # states of one table
 
-# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment.
+# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment, unless
+# there are more than a workgroup's.
 _LANES_WANTED = 1 << 17
 _MAX_SEGMENT_BLOCKS = 8
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
@@ -131,10 +132,8 @@ class GpuMatrix:
         self.splits = 1
         self.segments_per_group = 1
         if not self.whole_rows:
-            wanted = n_segments or max(
-                -(-_LANES_WANTED // padded_rows(m.rows)), -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
-            )
             most = min(self.n_blocks, max_segments) if one_split else self.n_blocks
+            wanted = n_segments or self._wanted_segments(padded_rows(m.rows), max_segments)
             wanted = min(wanted, most)
             self.splits = -(-wanted // max_segments)
             self.segments_per_group = wanted // self.splits
@@ -148,6 +147,14 @@ class GpuMatrix:
         self._order = classes.device_order(m.classes)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
+
+    def _wanted_segments(self, rows: int, max_segments: int) -> int:
+        """Of a row; a workgroup takes up to `max_segments`."""
+        long = -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
+        wanted = max(-(-_LANES_WANTED // rows), min(long, max_segments))
+        # Full workgroups are worth more segments, if these are alike.
+        full = -(-wanted // max_segments) * max_segments
+        return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
 
     def _row_ranges(
         self, m: CodedMatrix, floats: LosslessMatrix | None
@@ -284,16 +291,23 @@ class GpuMatrix:
             kernel = self.kernels.get(name, **overrides)
             if then:
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
+                    f"{name}_then",
+                    gated=then.gated,
+                    splits=y.splits,
+                    lanes=lanes,
+                    **overrides,
                 )
                 params["dim"] = then.dim
                 after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)
                 after |= dict(x_digits=then.out.digits, x_scale=then.out.scale)
                 if eps is None:
                     after["squares"] = then.out.squares
+            # Of several tokens the compiler makes slow loops if it knows too much.
+            constants, params = (params, {}) if tokens == 1 else ({}, params)
             yield kernel.dispatch(
                 groups,
                 params | self._params,
+                constants,
                 **part.buffers,
                 table=self.table,
                 outliers=self.outliers,
@@ -455,11 +469,12 @@ class GpuMatrix:
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
-        kernel = self.kernels.get(name, **self._stream, **self._overrides)
+        lanes = {} if self.floats else dict(lanes=32 if self.whole_rows else 256)
+        kernel = self.kernels.get(name, **self._stream, **self._overrides, **lanes)
         for part in self.parts:
             yield kernel.dispatch(
                 [1, tokens],
-                dict(
+                constants=dict(
                     row_begin=part.row_begin,
                     rows=part.rows,
                     rows_padded=part.rows_padded,

@@ -44,7 +44,7 @@ class Operations:
         )
         return kernel.dispatch(
             [1, tokens],
-            dict(tokens=room or tokens, last=int(last), eps=c.norm_eps),
+            constants=dict(tokens=room or tokens, last=int(last), eps=c.norm_eps),
             state=state,
             y=y.buffer,
             weight=weight,
@@ -63,7 +63,7 @@ class Operations:
         )
         return kernel.dispatch(
             [c.n_heads + 2 * c.n_kv_heads, tokens],
-            dict(
+            constants=dict(
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,
                 head_dim=c.head_dim,
@@ -110,7 +110,7 @@ class Operations:
         )
         return kernel.dispatch(
             [n_splits, c.n_heads, tokens],
-            dict(
+            constants=dict(
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,
                 head_dim=c.head_dim,
@@ -147,7 +147,7 @@ class Operations:
         )
         return kernel.dispatch(
             [-(-n_blocks * 8 // m.lanes), tokens],
-            dict(
+            constants=dict(
                 n_heads=c.n_heads,
                 head_dim=c.head_dim,
                 n_blocks=n_blocks,
@@ -165,7 +165,7 @@ class Operations:
         kernel = self._kernels.get("swiglu", lanes=m.lanes, digits=m.digits, splits=y.splits)
         return kernel.dispatch(
             [-(-n_blocks * 8 // m.lanes), tokens],
-            dict(hidden_dim=c.hidden_dim, n_blocks=n_blocks, tokens=room or tokens),
+            constants=dict(hidden_dim=c.hidden_dim, n_blocks=n_blocks, tokens=room or tokens),
             y=y.buffer,
             x_digits=out.digits,
             x_scale=out.scale,

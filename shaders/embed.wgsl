@@ -1,5 +1,5 @@
 // x[t] = embed_tokens[tokens[t]]: one row of the coded matrix, decoded.
-// One workgroup a token: a lane decodes every LANES-th segment of the row. Dispatch: (1, tokens).
+// One workgroup a token: a lane decodes every lanes-th segment of the row. Dispatch: (1, tokens).
 // f32 out; a token outside rows [row_begin, row_begin + rows) belongs to another part of the matrix and is left alone.
 
 //#import state
@@ -9,7 +9,7 @@
 //#import matrix
 //#import table
 
-const LANES: u32 = 32u;
+override lanes: u32;
 
 struct Params {
   row_begin: u32,
@@ -30,15 +30,15 @@ struct Params {
 @group(0) @binding(6) var<storage, read> outliers: array<u32>;
 @group(0) @binding(7) var<storage, read_write> x: array<f32>;  // (tokens, cols)
 
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
   let row = row_info[state.tokens[group.y]];
   let index = matrix_row(row) - params.row_begin;  // wraps far past rows below row_begin
   if (index >= params.rows) { return; }
   let first = group.y * params.cols;
   let scale = row_scale(row);
-  load_table(lane, LANES, first_entry(row));
-  for (var segment = lane; segment < params.n_segments; segment += LANES) {
+  load_table(lane, lanes, first_entry(row));
+  for (var segment = lane; segment < params.n_segments; segment += lanes) {
     let entry = entries[segment * params.rows_padded + index];
     var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
     let begin = 32u * first_block(segment);
@@ -54,7 +54,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   storageBarrier();
   workgroupBarrier();
   let end_k = end_outlier(row);
-  for (var k = row.first_outlier + lane; k < end_k; k += LANES) {
+  for (var k = row.first_outlier + lane; k < end_k; k += lanes) {
     let outlier = outliers[k];
     x[first + outlier_column(outlier)] += outlier_value(outlier) * scale;
   }

@@ -300,3 +300,34 @@ def test_kernel_names_what_does_not_match(kernels: Kernels) -> None:
         kernel.dispatch(
             [1], dict(hidden_dim=1, n_blocks=1, tokens=1), y=kernels.device.empty("y", 16)
         )
+
+
+@pytest.mark.parametrize("n_constants", [1, 2, 3])
+def test_params_that_are_compiled_in_say_the_same(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, n_constants: int
+) -> None:
+    """As on a GPU, here of any adapter."""
+    device, hidden_dim = kernels.device, 70
+    y = device.upload("y", rng.normal(size=2 * hidden_dim).astype(np.float32))
+    kernel = Kernels(device).get("swiglu", lanes=64, digits=1, splits=1)
+    params = dict(hidden_dim=hidden_dim, n_blocks=3, tokens=1)
+    names = list(params)[:n_constants]
+    constants = {name: params.pop(name) for name in names}
+
+    def h() -> dict[str, np.ndarray]:
+        out = Activations.empty(device, "h", 1, 1, hidden_dim)
+        dispatch = kernel.dispatch(
+            [1, 1], params, constants, y=y, x_digits=out.digits, x_scale=out.scale
+        )
+        run(device, Plan([dispatch]))
+        assert ("params" in dispatch.kernel.bindings) == (not device.constants or bool(params))
+        return read_activations(device, out, 1, 1, hidden_dim)
+
+    monkeypatch.setattr(device, "constants", False)
+    want = h()
+    monkeypatch.setattr(device, "constants", True)
+    got = h()
+    assert want["x"].any()
+    assert all((got[name] == want[name]).all() for name in want)
+    with pytest.raises(TypeError, match=r"params.*hidden_dim"):
+        kernel.dispatch([1, 1], {}, {"tokens": 1}, y=y)
