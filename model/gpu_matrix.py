@@ -55,6 +55,7 @@ _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
 _FEW_TOKENS = 8  # for more a lane of a matvec takes several rows
 _ROWS_OF_MANY = 2  # as matvec_many has it
+_LANE_ROWS_OF_MANY = 8  # most: a lane has so many registers
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
@@ -317,30 +318,31 @@ class GpuMatrix:
             )
 
     def _matvec_many(
-        self, x: Activations, y: Output, tokens: int, digits: int, joined: int = 1
+        self, x: Activations, y: Output, tokens: int, digits: int
     ) -> Iterator[Dispatch]:
-        segments = self.n_segments // (joined * y.splits)
+        passes = -(-self.segments_per_group // _LANE_ROWS_OF_MANY)
+        lane_rows = -(-self.segments_per_group // passes)
         kernel = self.kernels.get(
             "matvec_many",
             tokens=tokens,
             digits=digits,
-            segments_per_group=segments,
-            lanes=TILE * segments,
-            words_of_rows=_ROWS_OF_MANY * self.n_states,
+            segments_per_group=self.segments_per_group,
+            passes=passes,
+            lane_rows=lane_rows,
+            partials=TILE * lane_rows**2,
+            table_states=_ROWS_OF_MANY * self.n_states,
             **self._stream,
             **self._overrides,
         )
         for part in self.parts:
             yield kernel.dispatch(
-                [-(-part.rows // (_ROWS_OF_MANY * TILE)), y.splits],
+                [-(-part.rows // (_ROWS_OF_MANY * TILE)), self.splits],
                 dict(
                     rows=part.rows,
                     rows_padded=part.rows_padded,
                     y_rows=self.rows,
                     n_blocks=self.n_blocks,
                     n_segments=self.n_segments,
-                    joined=joined,
-                    splits=y.splits,
                     **self._params,
                 ),
                 **part.buffers,
