@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 Choose = Callable[[npt.NDArray[np.float32]], int]  # logits (vocab_size,) to the next token
 
 _PROMPT_TOKENS = 512  # that a step reads before its rows: the others wait for them
-# Of work that a submit brings: enough to hide what it costs, and no more, as whoever joins or leaves
-# waits for it.
+# Of work that a submit brings: enough to hide what it costs, and no more, for whoever joins or
+# leaves waits for it.
 _SUBMIT_SECONDS, _STEPS_PER_SUBMIT = 0.008, 4
 
 
