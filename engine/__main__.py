@@ -46,7 +46,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of the command that is picked."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["--help"], ["-h"]):
+    if words[:1] in (["--help"], ["-h"]) or words == ["help"]:
         print(HELP, end="")
         return 0
     word = words.pop(0) if words and words[0] in COMMANDS else "chat"

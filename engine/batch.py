@@ -22,6 +22,7 @@ import numpy.typing as npt
 from engine.blocks import Blocks, Table
 from engine.device import Readback
 from engine.errors import EngineError
+from engine.interrupt import uninterrupted
 from engine.plan import encode, gpu_seconds, run
 from engine.sampler import STEPS, BatchSampler, Sampling
 from model.kv_cache import BLOCK
@@ -316,6 +317,7 @@ class Batch:
         self._rows.write_blocks([s._table.blocks if s._table else [] for s in of_rows])
         self._tables_written = True
 
+    @uninterrupted()
     def _submit(self, drawn: list[Sequence | None], n_steps: int) -> _Submitted:
         device, rows = self._engine.device, self._rows
         bucket = rows.bucket(len(drawn))
@@ -323,12 +325,12 @@ class Batch:
         encode(encoder, [rows.plan(bucket), self._sampler.plan(bucket)] * n_steps)
         readback = self._readbacks[0]
         self._readbacks.reverse()
-        target = readback.claim()
+        target = readback.buffer
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, self._ring_bytes)
         choosing = [i for i, s in enumerate(drawn) if s is not None and s.choose]
         if choosing:
             row_bytes = 4 * self._engine.config.vocab_size
-            target = self._chosen_from(len(choosing) * row_bytes).claim()
+            target = self._chosen_from(len(choosing) * row_bytes).buffer
             for i, row in enumerate(choosing):
                 source = rows.logits.buffer, row * row_bytes
                 encoder.copy_buffer_to_buffer(*source, target, i * row_bytes, row_bytes)

@@ -15,6 +15,7 @@ from wgpu.backends.wgpu_native import GPUShaderModule, _api
 from wgpu.backends.wgpu_native.extras import set_instance_extras
 
 from engine.errors import DeviceError, DeviceLostError, OutOfMemoryError
+from engine.interrupt import uninterrupted
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
@@ -138,6 +139,7 @@ class Device:
         sizes = dict(line.split(":") for line in lines)
         return 1024 * int(sizes["MemAvailable"].split()[0]) if "MemAvailable" in sizes else None
 
+    @uninterrupted()
     def empty(self, label: str, size_bytes: int, usage: int = STORAGE) -> Any:
         """A zeroed buffer."""
         size = max(16, -(-size_bytes // 16) * 16)
@@ -183,6 +185,7 @@ class Device:
             last[: data.size - whole] = data[whole:]
             self.queue.write_buffer(buffer, offset_bytes + whole, last)
 
+    @uninterrupted()
     def read(self, buffer: Any, dtype: Any, shape: Sequence[int]) -> np.ndarray:
         """The first elements of a buffer; waits for all that was submitted before."""
         count = int(np.prod(shape))
@@ -223,53 +226,30 @@ class Device:
 
 
 class Readback:
-    """A small buffer through which the GPU hands results to the host, used again and again.
-
-    A buffer that is or may become mapped must not be copied to. So one whose `read` was interrupted
-    (Ctrl-C), and which may be in any state, is put aside for a new one.
-    """
+    """A small buffer through which the GPU hands results to the host, used again and again."""
 
     def __init__(self, device: Device, label: str, size_bytes: int) -> None:
-        self._device, self._label, self._size_bytes = device, label, size_bytes
-        self._buffer = self._empty()
-        self._mapping: Any = None
+        self._device = device
+        usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
+        self.buffer = device.empty(label, size_bytes, usage)
         self._submission = 0
-        # Kept until a later mapping is there: theirs may still call back before it.
-        self._abandoned: list[Any] = []
 
     def submit(self, commands: Any) -> None:
-        """Queue a command buffer that copies to what `claim` gave."""
+        """Queue a command buffer that copies to `buffer`."""
         self._submission = self._device.submit(commands)
 
-    def claim(self) -> Any:
-        """The buffer, free to be copied to."""
-        if self._buffer.map_state != "unmapped":
-            self._abandoned.append((self._buffer, self._mapping))
-            self._buffer = self._empty()
-        return self._buffer
-
-    def _empty(self) -> Any:
-        usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
-        return self._device.empty(self._label, self._size_bytes, usage)
-
+    @uninterrupted()
     def read(self) -> np.ndarray:
         """uint32, once the GPU has done what was given to `submit`.
 
         A mapping alone would be waited for by wgpu until the whole queue is empty: the GPU would
         be idle while the host prepares its next work.
 
-        The mapping begins only now: were it under way during a submit, wgpu might call back from
-        within that, on the main thread, where a Ctrl-C would swallow the news and the wait would
-        never end.
+        A Ctrl-C within a mapping could leave a lock of wgpu's locked, or the buffer mapped. It
+        comes afterwards: that long a wait for the GPU could not be interrupted anyway.
         """
         self._device.wait(self._submission)
-        self._mapping = self._buffer.map_async("READ_NOSYNC")
-        self._mapping.sync_wait()
-        values = np.frombuffer(self._buffer.read_mapped(copy=True), np.uint32)
-        self._buffer.unmap()
-        if self._abandoned:
-            self._abandoned.clear()
-            # For a mapping that never calls back wgpu would poll for ever, a core's worth; none is
-            # waited for now.
-            self._device.wgpu._poller._token_ids.clear()
+        self.buffer.map_async("READ_NOSYNC").sync_wait()
+        values = np.frombuffer(self.buffer.read_mapped(copy=True), np.uint32)
+        self.buffer.unmap()
         return values

@@ -15,6 +15,7 @@ from engine.device import Device, Readback
 from engine.errors import DeviceLostError, EngineError, OutOfMemoryError
 from engine.flags import CACHES
 from engine.generation import Generation, Stats
+from engine.interrupt import uninterrupted
 from engine.kernel import Dispatch
 from engine.memory import Memory, Wanted
 from engine.plan import Plan, encode, gpu_seconds, run
@@ -113,8 +114,8 @@ class Engine:
         self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
         self._check_readback = Readback(device, "readback.check", 4 * RING + 4)
-        # Of checks of n tokens: commands to be submitted, and the buffer that they read back into.
-        self._recorded: dict[int, tuple[Any, Any]] = {}
+        # Of checks of n tokens: commands to be submitted.
+        self._recorded: dict[int, Any] = {}
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
@@ -161,9 +162,9 @@ class Engine:
     def close(self) -> None:
         """Give back the device's memory; the engine is of no use after this."""
         self._stop_active()
-        # wgpu keeps what commands use until they are submitted. What an interrupted reading stands
-        # in the way of, and a lost device does not take, stays until the program ends.
-        recorded = [c for c, into in self._recorded.values() if into.map_state == "unmapped"]
+        # wgpu keeps what commands use until they are submitted. What a lost device does not take
+        # stays until the program ends.
+        recorded = list(self._recorded.values())
         self._recorded.clear()
         with suppress(DeviceLostError), self.device.errors():
             self._model.write_state(0, [0])  # raises, where to submit would end the process
@@ -358,6 +359,7 @@ class Engine:
                 heard = pos
         return reused
 
+    @uninterrupted()
     def _submit(self, plans: Sequence[Plan] = ()) -> Readback:
         """Queue one pass over `plans`; then the ring of tokens, and how many went there, come back.
 
@@ -373,7 +375,7 @@ class Engine:
     def _finish(self, encoder: Any) -> Readback:
         readback = self._readbacks[0]
         self._readbacks.reverse()
-        self._read_ring(encoder, readback.claim())
+        self._read_ring(encoder, readback.buffer)
         readback.submit(encoder.finish())
         return readback
 
@@ -381,24 +383,22 @@ class Engine:
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
         encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
 
+    @uninterrupted()
     def _submit_check_pass(self, n: int) -> Readback:
         """Queue a check of the n tokens in the state.
 
         Its commands are the same whatever is checked, and to record them takes as long as half of
         the pass on a fast GPU: so the next ones are recorded while this one runs.
         """
-        target = self._check_readback.claim()
-        commands, into = self._recorded.pop(n, (None, None))
-        if into is not target:
-            commands = self._record_check(n, target)
-        self._check_readback.submit(commands)
-        self._recorded[n] = self._record_check(n, target), target
+        commands = self._recorded.pop(n, None)
+        self._check_readback.submit(commands or self._record_check(n))
+        self._recorded[n] = self._record_check(n)
         return self._check_readback
 
-    def _record_check(self, n: int, target: Any) -> Any:
+    def _record_check(self, n: int) -> Any:
         encoder = self.device.wgpu.create_command_encoder()
         encode(encoder, self._check_pass[n])
-        self._read_ring(encoder, target)
+        self._read_ring(encoder, self._check_readback.buffer)
         return encoder.finish()
 
     def _submit_check(
@@ -419,13 +419,14 @@ class Engine:
         # takes a step more than there are drafts, and so has read all of them, if all are right.
         drafter.write_state(pos, [token], sampling.seed)
         self._model.write_state(pos, [token] * n, sampling.seed, n_sampled)
-        encoder = self.device.wgpu.create_command_encoder()
-        encode(encoder, self._draft._step * n)
-        encoder.copy_buffer_to_buffer(
-            self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
-        )
-        encode(encoder, self._check_pass[n])
-        return self._finish(encoder)
+        with uninterrupted():
+            encoder = self.device.wgpu.create_command_encoder()
+            encode(encoder, self._draft._step * n)
+            encoder.copy_buffer_to_buffer(
+                self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
+            )
+            encode(encoder, self._check_pass[n])
+            return self._finish(encoder)
 
 
 def _tokens(batch: Batch, sequences: list[BatchSequence]) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ import numpy as np
 import wgpu
 
 from engine.device import UNIFORM, Device
+from engine.interrupt import uninterrupted
 
 _IMPORT = re.compile(r"^//#import (\w+)$", re.MULTILINE)
 _BINDING = re.compile(
@@ -65,11 +66,13 @@ class Dispatch:
     kernel: Kernel
     bind_group: Any
     workgroups: tuple[int, int, int]
+    matrix: str  # label of the coded words that it reads, "" where there are none
 
 
 class Kernel:
     """A compiled shader with its overrides fixed, and those of its params that are `constants`."""
 
+    @uninterrupted()
     def __init__(
         self,
         device: Device,
@@ -109,6 +112,7 @@ class Kernel:
             },
         )
 
+    @uninterrupted()
     def dispatch(
         self,
         workgroups: Sequence[int],
@@ -145,7 +149,8 @@ class Kernel:
             ],
         )
         x, y, z = (*workgroups, 1, 1)[:3]
-        return Dispatch(self, group, (x, y, z))
+        matrix = _range(buffers["words"])[0].label if "words" in buffers else ""
+        return Dispatch(self, group, (x, y, z), matrix)
 
     def _pack(self, params: Mapping[str, int | float]) -> Any:
         layout = "<" + "".join(_PACK[kind] for _, kind in self.params)

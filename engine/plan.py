@@ -10,6 +10,7 @@ import wgpu
 from wgpu.backends.wgpu_native import _api
 
 from engine.device import Device
+from engine.interrupt import uninterrupted
 from engine.kernel import Dispatch
 
 
@@ -50,6 +51,7 @@ def encode(encoder: Any, plans: Sequence[Plan], timestamps: Any = None) -> None:
         compute_pass.end()
 
 
+@uninterrupted()
 def run(device: Device, *plans: Plan) -> None:
     """Submit the plans, in order, as one compute pass; does not wait."""
     encoder = device.wgpu.create_command_encoder()
@@ -57,6 +59,7 @@ def run(device: Device, *plans: Plan) -> None:
     device.submit(encoder.finish())
 
 
+@uninterrupted()
 def gpu_seconds(device: Device, *plans: Plan) -> float | None:
     """GPU time of the plans as one compute pass; None on an adapter without timestamps."""
     if not device.timestamps:

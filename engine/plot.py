@@ -6,7 +6,6 @@ where it is missing.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from weights.cache import DEFAULT_MODEL
-from weights.container import replacing
+from weights.container import check_place, replacing
 
 try:
     from matplotlib.axes import Axes
@@ -27,6 +26,7 @@ except ImportError as error:
 
 _SUFFIXES = (".png", ".svg")
 OURS, OTHERS, GRID = "#c2410c", "#475569", "#cbd5e1"
+_COLUMNS = 2  # of panels: more of them are too small to read where a page shows the picture
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,17 @@ def check_picture(path: Path) -> None:
     """Now rather than after hours of work; EngineError says why nothing could be drawn there."""
     if path.suffix not in _SUFFIXES:
         raise EngineError(f"{path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
-    if path.is_dir():
-        raise EngineError(f"{path}: cannot be written: it is a directory")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be written: {error.strerror}") from None
+    check_place(path)
 
 
 def figure_of(n_panels: int) -> tuple[Figure, list[Axes]]:
-    """Panels beside each other."""
-    figure = Figure(figsize=(8 if n_panels == 1 else 6.5 * n_panels, 5), dpi=150)
-    figure.set_layout_engine("constrained")
-    return figure, list(figure.subplots(1, n_panels, squeeze=False)[0])
+    """Panels, two in a row, each with margins of its own."""
+    columns = min(n_panels, _COLUMNS)
+    rows = -(-n_panels // columns)
+    figure = Figure(figsize=(8 if columns == 1 else 5.5 * columns, 4.6 * rows), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    panels = figure.subfigures(rows, columns, squeeze=False).flat
+    return figure, [panel.subplots() for panel in list(panels)[:n_panels]]
 
 
 def finish(axes: Axes, title: str, x: str, y: str) -> None:
@@ -79,7 +76,7 @@ def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(edgecolor="none", framealpha=0.9)
+        axes.legend(edgecolor="none", framealpha=0.9, fontsize=9)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -138,7 +135,7 @@ def draw(
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MultipleLocator(0.5))
-    axes.margins(x=0.08, y=0.08)
+    axes.margins(x=0.12, y=0.08)  # room for labels
     bits_label = "stored bits per weight of the block matrices"
     finish(axes, title, bits_label, "mean KL(reference || model), nats per token")
     save(figure, path)

@@ -16,7 +16,8 @@ from engine.plot import GRID, OTHERS, OURS, figure_of, finish, save
 
 Run = Mapping[str, Any]  # a line of JSON of `answer bench`
 
-_COLORS = (OURS, "#0369a1", "#4d7c0f", "#7e22ce", "#b45309", OTHERS)
+# Told apart by colour-blind eyes as well (after Okabe and Ito), and by their markers.
+_COLORS = (OURS, "#0072b2", "#009e73", "#cc79a7", "#e69f00", OTHERS)
 _KERNELS = {"matvec": OURS, "f16": "#0f172a", "int8": "#64748b", "int4": "#a3b1c6"}
 _MARKERS = "osD^vP*Xh<>p"
 
@@ -28,8 +29,8 @@ def draw_bench(path: Path, runs: Sequence[Run]) -> None:
     panels: list[Callable[[Axes], None]] = []
     for kind, title, x in (
         ("pp", "reading a prompt", "tokens of the prompt"),
-        ("tg", "writing", "tokens in the context before"),
-        ("batch", "several sequences at once, all together", "sequences"),
+        ("tg", "generating", "tokens in the context before"),
+        ("batch", "generating, all sequences together", "sequences at once"),
     ):
         curves = {_name(run): rates(run, kind) for run in models}
         if any(len(curve) > 1 for curve in curves.values()):
@@ -78,17 +79,26 @@ def _name(run: Run) -> str:
 def _draw_rates(
     axes: Axes, curves: Mapping[str, list[tuple[int, float, float, float]]], title: str, x: str
 ) -> None:
-    for color, (name, curve) in zip(_COLORS, curves.items(), strict=False):
+    places = sorted({point[0] for curve in curves.values() for point in curve})
+    for color, marker, (name, curve) in zip(_COLORS, _MARKERS, curves.items(), strict=False):
         if curve:
             at, middle, least, most = (list(values) for values in zip(*curve, strict=True))
             spread = [
                 [m - low for m, low in zip(middle, least, strict=True)],
                 [high - m for m, high in zip(middle, most, strict=True)],
             ]
-            axes.errorbar(at, middle, spread, fmt="o-", color=color, label=name, capsize=3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-    finish(axes, f"{title}: median, slowest and fastest", x, "tokens per second")
+            form = f"{marker}-"
+            axes.errorbar(at, middle, spread, fmt=form, color=color, label=name, capsize=3)
+    if places[0]:  # numbers that double have the same distance
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.set_xticks([], minor=True)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    highest = max(point[3] for curve in curves.values() for point in curve)
+    axes.set_ylim(0, highest * (1.1 + 0.07 * len(curves)))  # room for the legend
+    finish(axes, title, x, "tokens per second: median, slowest, fastest")
 
 
 def _draw_tests(axes: Axes, runs: Sequence[Run]) -> None:
@@ -102,19 +112,26 @@ def _draw_tests(axes: Axes, runs: Sequence[Run]) -> None:
 def _draw_profile(axes: Axes, run: Run) -> None:
     *rows, step = run["profile"]
     whole = step["microseconds_per_token"]
-    names = [
-        f"{row['kernel']}, {' x '.join(str(n) for n in row['workgroups'])}, {row['launches']} times"
-        for row in rows
-    ]
+    names = [_launches(row) for row in rows]
     times = [row["microseconds_per_token"] for row in rows]
-    colors = [OURS if row["kernel"].startswith("matvec") else OTHERS for row in rows]
-    bars = axes.barh(range(len(rows)), times, color=colors)
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.bar_label(bars, [f"{time:.0f}" for time in times], padding=3, fontsize=8)
+    kinds = ["decode weights" if row["kernel"].startswith("matvec") else "others" for row in rows]
+    for kind, color in (("decode weights", OURS), ("others", OTHERS)):
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        bars = axes.barh(places, [times[i] for i in places], color=color, label=kind)
+        shares = [f"{times[i]:.0f}, {100 * times[i] / whole:.0f} %" for i in places]
+        axes.bar_label(bars, shares, padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
-    title = f"{_name(run)}: {whole:.0f} µs a token on the GPU"
-    finish(axes, title, "µs a token, each kind of launch alone", "kernel, workgroups, launches")
+    axes.margins(x=0.18)
+    title = f"{_name(run)}:\n{whole:.0f} µs a token on the GPU"
+    finish(axes, title, "µs a token, each kind of launch alone", "")
+    axes.grid(axis="y", visible=False)
+
+
+def _launches(row: Mapping[str, Any]) -> str:
+    """Of a profile: what is launched, and how often for a token."""
+    name = row["kernel"] + (f", {row['matrix']}" if row["matrix"] else "")
+    return name if row["launches"] == 1 else f"{row['launches']} x {name}"
 
 
 def _series(run: Run) -> dict[str, list[Mapping[str, Any]]]:
@@ -156,23 +173,14 @@ def _draw_roofline(axes: Axes, run: Run) -> None:
     ends = [8 / max(row["bits_per_weight"] for row in run["rows"]) / 1.2]
     ends.append(8 / min(row["bits_per_weight"] for row in run["rows"]) * 1.2)
     axes.plot(ends, [roof * end for end in ends], "--", color=OTHERS, zorder=1)
-    axes.annotate(
-        f"memory, {roof:,.0f} GB/s: the best of this run",
-        (ends[1], roof * ends[1]),
-        xytext=(0, 8),
-        textcoords="offset points",
-        horizontalalignment="right",
-        color=OTHERS,
-        fontsize=9,
-    )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.margins(y=0.1)
+    axes.set_ylim(top=2.5 * roof * ends[1])  # room for the legend
     ticks = [tick for tick in (0.5, 1, 2, 3, 4, 6) if tick <= ends[1]]
     axes.set_xticks(ticks, [f"{tick:g}\n({8 / tick:.3g} bit)" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
-    title = "matvecs under the roof of the memory; a marker for each shape"
+    title = f"matvecs, by shape; dashed: memory's roof,\n{roof:,.0f} GB/s, the best of this run"
     finish(axes, title, "weights per byte read", "Gweight/s, each counted once a pass")
 
 
@@ -194,10 +202,22 @@ def _draw_memory(axes: Axes, run: Run) -> None:
         )
     axes.axvline(_best_memory(run), linestyle="--", color=OTHERS)
     centre = 0.4 - height / 2
-    axes.set_yticks(
-        [i + centre for i in range(len(shapes))], [f"{rows} x {cols}" for rows, cols in shapes]
-    )
+    names = [f"{rows} x {cols}" for rows, cols in shapes]
+    axes.set_yticks([i + centre for i in range(len(shapes))], names, fontsize=9)
+    axes.tick_params("y", length=0, pad=16)
+    for i in range(len(shapes)):  # the roofline's markers
+        axes.plot(
+            -0.025,
+            i + centre,
+            _MARKERS[i % len(_MARKERS)],
+            color=OTHERS,
+            markersize=5,
+            transform=axes.get_yaxis_transform(),
+            clip_on=False,
+        )
     axes.invert_yaxis()
-    finish(axes, "bytes read of each shape", "GB/s", "rows x columns")
+    finish(
+        axes, "bytes read of each shape;\ndashed: the best of this run", "GB/s", "rows x columns"
+    )
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=GRID, linewidth=0.8)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.interrupt import uninterrupted
 from engine.kernel import Dispatch
 from engine.plan import Plan
 from model.activations import UNIFORM_BLOCKS, Activations, Output, Step, uniform_tokens
@@ -155,6 +156,7 @@ class Prompt:
     def norms(self, tokens: int) -> Plan:
         return Plan([self._norm.of(tokens)])
 
+    @uninterrupted()
     def copy_normed(self, first: int, tokens: int) -> None:
         """Puts what `norms` gave for tokens first, first + 1, ... where the model's head reads."""
         device, n_blocks = self._model.device, -(-self.config.dim // 32)

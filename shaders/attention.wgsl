@@ -104,6 +104,15 @@ fn write_cache(lane: u32, split: u32, kv_head: u32, token: u32) {
   }
 }
 
+// Something of every 128 bytes of a position's keys and values, in `row` of the cache: they come from far away, and are on
+// their way while q is made. Sums that nobody uses would not be loaded.
+fn touch(row: u32) -> u32 {
+  var sum = 0u;
+  for (var i = 0u; i < row_vectors(key_bits); i += 8u) { sum += k_cache[row * row_vectors(key_bits) + i].x; }
+  for (var i = 0u; i < row_vectors(value_bits); i += 8u) { sum += v_cache[row * row_vectors(value_bits) + i].x; }
+  return sum;
+}
+
 // Scores of the positions pos .. pos + per_lane - 1: q is loaded once for all of them. In place of those that there are
 // not the last one is scored, so that no load waits for a branch.
 fn scores_at(token: u32, first_row: u32, pos: u32, length: u32, seen_from: u32) -> vec4<f32> {
@@ -160,6 +169,10 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     let query = rotated(projected(token, head, lane), length - 1u, lane);
     query_lo[lane] = query.lo;
     query_hi[lane] = query.hi;
+  }
+  if (per_lane == 1u) {
+    let first = min(split * lanes + lane, length - 1u);
+    lane_max[lane] = f32(touch(first_row + cache_position(token, first)));  // to be overwritten
   }
   write_cache(lane, split, kv_head, token);
   storageBarrier();

@@ -78,7 +78,8 @@ def main() -> int:
     rng = random.Random(a.seed)
     sampling = Sampling(0.8, min_p=0.05, seed=a.seed)
     chat = Chat(lambda name: Engine.open(name, context=a.context), a.model, sampling)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # raises KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where it runs behind a shell
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     end, n_lines, minute = 60 * a.minutes, 0, 0
     seen: list[tuple[float, int, int]] = []  # seconds, bytes of the process, of the device
     begin = time.monotonic()

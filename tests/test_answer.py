@@ -51,6 +51,12 @@ def test_a_word_picks_a_command_and_chat_needs_none(
     assert opened[0][0] == "a/b"
 
 
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["-h"], ["help"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out == HELP
+
+
 @pytest.mark.parametrize("word", COMMANDS)
 def test_every_command_tells_of_itself(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:

@@ -86,6 +86,7 @@ def test_profile_counts_every_launch(tmp_path: Path, tiny_config: ModelConfig) -
     engine = Engine(WeightsFile.open(tmp_path / "tiny.safetensors"), Device.open(), context=40)
     rows = profile.profile(engine)
     assert rows[-1].kernel == "step"
+    assert {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} < {row.matrix for row in rows}
     assert sum(row.launches for row in rows[:-1]) == rows[-1].launches - 1  # but sample_token
     assert rows[-1].microseconds_per_token > 0
     assert engine.logits([1, 2]).shape == (2, tiny_config.vocab_size)  # it works as before

@@ -45,9 +45,9 @@ def test_help_tells_of_every_command_and_key(capsys):
     )
 
 
-def test_readme_names_every_command():
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    assert not [name for name in COMMANDS if f"`{name}" not in readme]
+def test_the_page_of_the_chat_names_every_command():
+    page = (Path(__file__).parents[1] / "docs" / "chat.md").read_text("utf-8")
+    assert not [name for name in COMMANDS if f"`{name}" not in page]
 
 
 def test_exit_leaves_at_once():

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,7 +370,7 @@ def test_interrupted_generation(
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if next(n_calls) == nth:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return original(*args, **options)
 
     monkeypatch.setattr(*where, interrupted)
@@ -412,7 +413,7 @@ def test_nothing_is_submitted_while_a_mapping_is_pending(
     and whoever waits for it waits for ever.
     """
     engine = exact("gpu")
-    buffers = [readback._buffer for readback in engine._readbacks]
+    buffers = [readback.buffer for readback in engine._readbacks]
     submit, states = Device.submit, set()
 
     def checked(self: Device, commands: Any) -> int:

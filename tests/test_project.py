@@ -95,12 +95,12 @@ def test_only_the_engine_talks_to_the_gpu() -> None:
         assert not any(name.split(".")[0] == "wgpu" for name in _imports(path)), path
 
 
-@pytest.mark.parametrize("words", [[], ["chat"]], ids=["answer", "answer chat"])
-def test_readme_quotes_the_help_text(words: list[str]) -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
+@pytest.mark.parametrize(("page", "words"), [("README.md", []), ("docs/chat.md", ["chat"])])
+def test_pages_quote_the_help_text(page: str, words: list[str]) -> None:
+    text = (ROOT / page).read_text("utf-8")
     command = " ".join(["answer", *words, "--help"])
-    quoted = re.search(rf"<!-- {command} -->\s*```\w*\n(.*?)```", readme, re.DOTALL)
-    assert quoted, f"README.md: no fenced block follows <!-- {command} -->"
+    quoted = re.search(rf"<!-- {command} -->\s*```\w*\n(.*?)```", text, re.DOTALL)
+    assert quoted, f"{page}: no fenced block follows <!-- {command} -->"
     printed = subprocess.run(
         [sys.executable, "-m", "engine", *words, "--help"],
         cwd=ROOT,
@@ -109,7 +109,7 @@ def test_readme_quotes_the_help_text(words: list[str]) -> None:
         text=True,
         check=True,
     ).stdout
-    assert _normal(quoted[1]) == _normal(printed), f"README.md: quote `{command}` again"
+    assert _normal(quoted[1]) == _normal(printed), f"{page}: quote `{command}` again"
 
 
 def _normal(help_text: str) -> str:

@@ -87,6 +87,13 @@ def test_the_commands_of_a_page_work(
     monkeypatch.setattr(bench, "_spread", lambda rate, repeats: 3 * (rate(),))
     tasks = bench.bench_speculation
     monkeypatch.setattr(bench, "bench_speculation", lambda engine, n, repeats: tasks(engine, 20, 1))
+    together = bench.bench_batch
+    monkeypatch.setattr("engine.bench_batch._WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(
+        bench,
+        "bench_batch",
+        lambda engine, sizes, n_tokens, repeats, rows: together(engine, sizes, 4, 1, rows),
+    )
     for name in synthetic.SHAPES:
         monkeypatch.setitem(synthetic.SHAPES, name, SMALL)
     found = commands(page)
@@ -110,16 +117,16 @@ def test_the_commands_of_a_page_work(
 
 
 @pytest.mark.gpu
-def test_the_python_of_readme_works(
+def test_the_python_of_its_page_works(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(cache, "cache_folder", lambda: place / "cache")
     monkeypatch.setattr(cache, "QUICK", CalibrationText(0))
-    programs = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
+    page = blocks(ROOT / "docs" / "python.md")
     names: dict[str, Any] = {}
-    for program in programs:  # one goes on with what another has defined
-        if "openai" not in program:  # tests/test_server.py talks to a server like this
+    for language, program in page:  # one goes on with what another has defined
+        if language == "python":
             exec(program, names)
     assert "engine" in names
     assert "MB: weights" in capsys.readouterr().out

@@ -196,6 +196,26 @@ def test_penalties_and_bias(running: Running) -> None:
     assert len(set(varied.choices[0].message.content)) > 6
 
 
+def test_what_a_stream_says_beside_its_text(running: Running) -> None:
+    """`n` choices in one stream, the usage last where it is asked for, and nowhere else."""
+    options = {"n": 2, "max_completion_tokens": 5, "temperature": 0, "stop": ["\n", "ab"]}
+    whole = running.chat("x", **options)
+    for asked in (True, False):
+        chunks = list(
+            running.chat("x", stream=True, stream_options={"include_usage": asked}, **options)
+        )
+        texts = ["", ""]
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            texts[choice.index] += choice.delta.content or ""
+        assert texts == [choice.message.content for choice in whole.choices]
+        assert len({chunk.id for chunk in chunks}) == 1
+        told = [chunk for chunk in chunks if chunk.usage is not None]
+        assert told == chunks[-1:] * asked
+        if asked:
+            assert chunks[-1].choices == []
+            assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
 def test_models_health_and_page(running: Running) -> None:
     (model,) = running.client.models.list().data
     assert model.id == MODEL and running.client.models.retrieve(MODEL).id == MODEL
@@ -203,20 +223,26 @@ def test_models_health_and_page(running: Running) -> None:
     page = running.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    for path in ("/", "/health", "/v1/models"):  # what watches a server asks for heads
+        head = running.http.head(path)
+        assert head.status_code == 200 and not head.content
+    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    for method, path in (("OPTIONS", "/v1/chat/completions"), ("GET", "/v1/models")):
+        got = running.http.request(method, path, headers=asked)
+        assert not any(name.startswith("access-control") for name in got.headers)
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt' here, but 'tiny'"):
         running.client.models.retrieve("gpt")
 
 
-def test_readme_shows_how(running: Running, capfd: pytest.CaptureFixture[str]) -> None:
+def test_its_page_shows_how(running: Running, capfd: pytest.CaptureFixture[str]) -> None:
     """Its examples, with this model and this port."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    assert "answer serve                        # http://127.0.0.1:8080/v1" in readme
-    (python,) = re.findall(r"```python\n(from openai .*?)```", readme, re.DOTALL)
+    page = (Path(__file__).parents[1] / "docs" / "server.md").read_text("utf-8")
+    (python,) = re.findall(r"```python\n(from openai .*?)```", page, re.DOTALL)
     python = python.replace("http://127.0.0.1:8080", running.url).replace("smollm2", MODEL)
     exec(python.replace("response_format", "max_tokens=30, response_format"), {})
     assert capfd.readouterr().out.startswith("{")
     if shutil.which("curl"):
-        (curl,) = re.findall(r"^curl localhost.*?'$", readme, re.DOTALL | re.MULTILINE)
+        (curl,) = re.findall(r"^curl localhost.*?'$", page, re.DOTALL | re.MULTILINE)
         curl = curl.replace("localhost:8080", running.url.removeprefix("http://"))
         got = json.loads(subprocess.check_output(curl.replace("curl", "curl -s", 1), shell=True))
         assert got["choices"][0]["message"]["role"] == "assistant"

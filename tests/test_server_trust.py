@@ -24,7 +24,7 @@ from running_server import running as running
 from running_server import weights as weights
 from wgpu.backends.wgpu_native._api import libf
 
-from engine import Engine
+from engine import Batch, Engine
 from engine.errors import DeviceError, EngineError
 from engine.server import app, command
 
@@ -76,6 +76,7 @@ def test_what_is_wrong_is_named(
     error = got.json()["error"]
     assert message in error["message"] and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
 
 
 def test_malformed_requests_are_refused(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +150,26 @@ def test_200_connections_at_once(running: Running) -> None:
     running.wait_idle()
 
 
-def test_a_lost_device_is_told_of_and_opened_again(running: Running) -> None:
+def lose_device(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    """Before the next step, as a driver would: what is mapped just then wgpu would not survive."""
+    step = Batch.step
+
+    def lost(batch: Batch) -> Any:
+        libf.wgpuDeviceDestroy(engine.device.wgpu._internal)
+        monkeypatch.setattr(Batch, "step", step)
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", lost)
+
+
+def test_a_lost_device_is_told_of_and_opened_again(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     want = running.chat("Hi", max_tokens=8, temperature=0).choices[0].message.content
     stream = running.chat("Hi", temperature=0, stream=True)
     for _ in range(3):
         next(stream)
-    libf.wgpuDeviceDestroy(running.engines[-1].device.wgpu._internal)  # as a driver would
+    lose_device(monkeypatch, running.engines[-1])
     with pytest.raises(openai.APIError, match="the device failed"):
         list(stream)
     end = time.monotonic() + 20

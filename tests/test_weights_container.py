@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.errors import WeightsError
-from weights.container import ContainerWriter, read_container, replacing
+from weights.container import ContainerWriter, check_place, read_container, replacing
 
 ROOT = Path(__file__).parents[1]
 TENSORS: dict[str, tuple[str, np.ndarray]] = {
@@ -187,4 +187,8 @@ def test_replacing_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(WeightsError, match="cannot be written"), replacing(tmp_path / "folder"):
         pass
+    for path in (tmp_path / "file" / "a.safetensors", tmp_path / "folder"):
+        with pytest.raises(WeightsError, match=r"cannot be written \((File exists|Is a dir)"):
+            check_place(path)
+    check_place(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

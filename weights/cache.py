@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "cache_folder",
     "is_weights_file",
+    "name_in_cache",
     "resolve",
     "resolve_each",
 ]
@@ -46,7 +47,7 @@ def resolve_each(
                 f"{model}: its bits are fixed; choose bits only for a model to convert"
             )
         return [Path(model) for _ in rates]
-    name = _name(model)
+    name = name_in_cache(model)
     wanted = [DEFAULT_BITS if bits is None else bits for bits in rates]
     cached = {bits: cache_folder() / _file_name(name, bits) for bits in wanted}
     missing = [bits for bits, path in cached.items() if not path.is_file()]
@@ -71,7 +72,7 @@ def is_weights_file(model: str | Path) -> bool:
     return path.is_file() and path.suffix != ".gguf"
 
 
-def _name(model: str | Path) -> str:
+def name_in_cache(model: str | Path) -> str:
     """Name of a source in the cache: a path gets a mark that changes with its place and content."""
     path = Path(model)
     if not path.exists():

@@ -7,11 +7,13 @@ the library's (github.com/huggingface/safetensors, README, "Format"), and it rea
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -194,6 +196,24 @@ class ContainerWriter:
         )
 
 
+def check_place(path: Path) -> None:
+    """Now rather than after hours of work: WeightsError where `replacing` would fail."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> WeightsError:
+    return WeightsError(
+        f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
+    )
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends, or vanishes when it fails.
@@ -220,9 +240,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with suppress(FileNotFoundError):
                 temporary.unlink()
     except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
-        ) from None
+        raise _unwritable(path, error) from None
 
 
 def _lock(file: BinaryIO) -> None:

@@ -28,6 +28,7 @@ from weights import layout
 from weights.bits import Bits, parse_bits
 from weights.calibration.calibration import Calibration, calibrate, own_text
 from weights.calibration.text import read_windows
+from weights.container import check_place
 from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, format_file
 from weights.parallel import in_processes, matrix_bytes, memory_bytes
@@ -98,6 +99,7 @@ def convert(
         raise WeightsError(f"sparsity is {sparsity:g}, expected 0 to less than 1")
     if sparsity and text.tokens == 0:
         raise WeightsError(_SPARSITY_NEEDS)
+    check_place(Path(out))
     matrices = layout.matrices(source.config)
     each = partial(in_processes, size=lambda matrix: matrix_bytes(matrix.rows, matrix.cols))
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.errors import EngineError, WeightsError
 from model.config import ModelConfig
-from weights.cache import cache_folder
+from weights.cache import cache_folder, name_in_cache
 from weights.container import read_container
 from weights.convert import RECIPE_VERSION
 
@@ -69,14 +69,17 @@ def cached_models() -> list[CachedModel]:
 def remove(name: str, bits: str | None = None) -> list[CachedModel]:
     """Delete the files of one model, at `bits` if there are several; returns what is gone.
 
-    `name` is that of the list, a file's name or its path. WeightsError: there is none, it is not
-    clear which one, or it cannot be deleted.
+    `name` is that of the list, a file's name or its path, or that of a source. WeightsError: there
+    is none, it is not clear which one, or it cannot be deleted.
     """
     models = cached_models()
+    names = {name.replace("--", "/")}
+    if Path(name).exists():
+        names.add(name_in_cache(name))
     named = [
         model
         for model in models
-        if name.replace("--", "/") == model.name
+        if model.name in names
         or Path(name).name == Path(model.path).name
         or name == Path(model.path).stem
     ]

@@ -49,16 +49,17 @@ class Chat:
     def engine(self) -> Engine:
         """The model, opened again where it was given up."""
         if self._engine is None:
+            # What was given up, or stopped while it was opened: its parts know each other.
+            gc.collect()
             self._engine = self.open(self.name)
             self.conversation.go_on_with(self._engine.tokenizer, self._engine.context)
         return self._engine
 
     def give_up(self) -> None:
-        """Lets go of the model and its memory; the conversation stays."""
+        """Lets go of the model, and so of its memory in time; the conversation stays."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None
-        gc.collect()  # buffers, pipelines and plans know each other
 
     def greet(self) -> None:
         """Says what will not be used of what was asked."""
