@@ -53,9 +53,11 @@ _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
+_SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
+_OTHER_BYTES = 1024  # of workgroup memory that it needs besides
+
 _FEW_TOKENS = 8  # for more a lane of a matvec takes several rows
 _ROWS_OF_MANY = 2  # as matvec_many has it
-_LANE_ROWS_OF_MANY = 8  # most: a lane has so many registers
 
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
@@ -234,6 +236,16 @@ class GpuMatrix:
             interleave=self.interleave,
         )
 
+    def _segments(self, tokens: int, tables: int = 1) -> dict[str, int]:
+        """Overrides of shaders/shared/segments.wgsl, beside so many tables in workgroup memory."""
+        segments = self.segments_per_group
+        room = self.kernels.device.workgroup_memory - tables * 4 * self.n_states - _OTHER_BYTES
+        at_once = min(tokens, segments, _SUMS_AT_ONCE, room // (4 * TILE * segments))
+        at_once = max(1, at_once)
+        return dict(
+            segments_per_group=segments, at_once=at_once, partials=at_once * TILE * segments
+        )
+
     @property
     def read_bytes(self) -> int:
         """Bytes that one matvec reads of the matrix."""
@@ -277,7 +289,7 @@ class GpuMatrix:
         if self.whole_rows:
             name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
         else:
-            overrides |= dict(segments_per_group=self.segments_per_group, partials=lanes)
+            overrides |= self._segments(tokens)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(
@@ -320,17 +332,12 @@ class GpuMatrix:
     def _matvec_many(
         self, x: Activations, y: Output, tokens: int, digits: int
     ) -> Iterator[Dispatch]:
-        passes = -(-self.segments_per_group // _LANE_ROWS_OF_MANY)
-        lane_rows = -(-self.segments_per_group // passes)
         kernel = self.kernels.get(
             "matvec_many",
             tokens=tokens,
             digits=digits,
-            segments_per_group=self.segments_per_group,
-            passes=passes,
-            lane_rows=lane_rows,
-            partials=TILE * lane_rows**2,
             table_states=_ROWS_OF_MANY * self.n_states,
+            **self._segments(tokens, _ROWS_OF_MANY),
             **self._stream,
             **self._overrides,
         )
