@@ -21,11 +21,14 @@ WORD_BITS = 32
 
 
 def encode(
-    table: Table, groups: npt.NDArray[np.int64], raw: npt.NDArray[np.uint16], raw_bits: int
+    table: Table,
+    groups: npt.NDArray[np.int64],
+    raw: npt.NDArray[np.uint16],
+    raw_bits: npt.NDArray[np.uint8],
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Encode groups (steps, streams), which must have states, and raw bits (quads, streams).
 
-    The groups of a stream are of one class.
+    The groups of a stream are of one class, which has so many raw bits a weight (streams,).
 
     Returns the decoder's first states (streams,), and the streams as quads of at most 40 bits with
     their lengths, both (streams, quads): what `BitWriter.append` takes.
@@ -33,6 +36,7 @@ def encode(
     steps, streams = groups.shape
     steps_per_quad = QUAD // table.group
     quads = np.zeros((steps // steps_per_quad, streams), np.int64)
+    quad_raw_bits = 4 * raw_bits.astype(np.int64)
     lengths = np.zeros_like(quads)
     # The last group's lowest state: the lower a state is, the fewer bits does its predecessor take.
     last = groups[-1]
@@ -49,11 +53,11 @@ def encode(
         x <<= length
         quad |= x
         length += n
-        if raw_bits and t % steps_per_quad == 0:
+        if t % steps_per_quad == 0 and quad_raw_bits.any():
             scratch[:] = raw[t // steps_per_quad]
             scratch <<= length
             quad |= scratch
-            length += 4 * raw_bits
+            length += quad_raw_bits
         table.delta_state.take(groups[t], out=scratch, mode="clip")
         rest += scratch
         table.next_x.take(rest, out=x, mode="clip")
@@ -113,14 +117,14 @@ class Decoder:
         self,
         tables: npt.NDArray[np.uint32],
         group: int,
-        raw_bits: int,
+        raw_bits: npt.NDArray[np.uint8],
         words: npt.NDArray[np.uint32],
         starts: npt.NDArray[np.int64],
         states: npt.NDArray[np.uint16],
         classes: npt.NDArray[np.uint8],
     ) -> None:
         """Decode tables (n_classes, 2^P); of each stream (streams,) the first bit in `words`, the
-        first state and the class.
+        first state and the class, and of each class how many bits of a weight are raw (n_classes,).
         """
         n_classes, self._n_states = tables.shape
         first_states = np.arange(n_classes) * self._n_states
@@ -129,7 +133,7 @@ class Decoder:
         base = (tables >> 21).astype(np.int64) * base_unit
         self._base = (base + first_states[:, None]).ravel()
         self._steps_per_quad = QUAD // group
-        self._raw_bits = 4 * raw_bits  # of a quad
+        self._raw_bits = 4 * raw_bits[classes].astype(np.int64)  # of a quad (streams,)
         # Window i is words i and i + 1: shifted left by up to 31, it still begins with 32 bits.
         self._windows = np.append(words, np.uint32(0)).astype(np.uint64) << np.uint64(WORD_BITS)
         self._windows[:-1] |= np.append(words[1:], np.uint32(0))
@@ -158,6 +162,7 @@ class Decoder:
         visited = np.empty((steps, state.size), np.uint16)
         raw = np.zeros((steps // self._steps_per_quad, state.size), np.uint16)
         n = np.empty_like(state)
+        raw_bits, has_raw = self._raw_bits.view(np.uint64), self._raw_bits.any()
         window = np.empty(state.size, np.uint64)
         # numpy does not mix the two kinds of 64-bit integers, so each also has the other's name.
         n_unsigned, window_signed = n.view(np.uint64), window.view(np.int64)
@@ -167,9 +172,10 @@ class Decoder:
             self._windows.take(n, out=window, mode="clip")
             np.bitwise_and(position, WORD_BITS - 1, out=n)
             window <<= n_unsigned
-            if self._raw_bits and t % self._steps_per_quad == 0:
-                raw[t // self._steps_per_quad] = window >> np.uint64(64 - self._raw_bits)
-                window <<= np.uint64(self._raw_bits)
+            if has_raw and t % self._steps_per_quad == 0:
+                # By 64 where there are none, which gives 0 in numpy.
+                raw[t // self._steps_per_quad] = window >> (np.uint64(64) - raw_bits)
+                window <<= raw_bits
                 position += self._raw_bits
             self._nbits.take(state, out=n, mode="clip")
             position += n

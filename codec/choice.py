@@ -5,9 +5,9 @@ decide here, as their result is stored. Predictions are within 0.2 % of what is 
 bit a weight they may be 3 % too high, as a table that has a group at its cap does better than that.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
-from itertools import combinations_with_replacement, pairwise
+from itertools import combinations, combinations_with_replacement, pairwise
 from math import factorial
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ from codec import classes
 from codec.table import MARGINAL_TOTAL, MAX_SYMBOLS, has_states
 
 MAX_RAW_BITS = 4
-FAST_RAW_BITS = (
-    2  # beyond, four weights no longer fit a 32-bit window, nor a weight a byte of a dot product,
-)
-# which makes a matvec about half as long again: so many bits a weight must be gained by it
+# Beyond, four weights no longer fit a 32-bit window, nor a weight a byte of a dot product, which
+# makes a matvec about half as long again: so many bits a weight must be gained by it.
+FAST_RAW_BITS = 2
 SLOW_BITS = 0.15
+# The same for narrow classes with fewer raw bits, for which kernels have a loop of their own.
+_MIXED_BITS = 0.004
 # What an outlier costs where codes are compared: in a file about half of it, but a matvec reads 32
 # bits, and adds it up apart from all else.
 OUTLIER_BITS = 32
@@ -52,9 +53,10 @@ class RowClass(NamedTuple):
 
     first_unit: int
     end_unit: int
+    raw_bits: int
     low: int  # of q >> raw_bits; low <= 0 <= high
     high: int
-    bits: float  # predicted, of the streams and outliers of these rows, without raw bits
+    bits: float  # predicted, of the streams and outliers of these rows
     outliers: float  # predicted, how many
 
 
@@ -62,7 +64,7 @@ class Code(NamedTuple):
     """What fixes a code but for its marginals; a symbol is (q >> raw_bits) - min_symbol."""
 
     group: int
-    raw_bits: int
+    raw_bits: int  # of the last class, at most of any
     min_symbol: int
     n_symbols: int
     n_weights: float  # to be coded
@@ -110,7 +112,8 @@ def predicted_bits(
     price, predicted = np.inf, np.inf
     for code in _codes(units.sum(axis=0, keepdims=True), lowest, log2_states):
         near = _near(units, q >> code.raw_bits)
-        _, saved = classes.split(near, rows, classes.MAX_STATES >> log2_states, _MARGINAL_BITS)
+        cost = classes.class_bits(near, rows, _MARGINAL_BITS)
+        _, saved = classes.split([cost], classes.MAX_STATES >> log2_states)
         least = n_weights / code.group
         if _price(code) - saved < price:
             price = _price(code) - saved
@@ -131,7 +134,9 @@ def _codes(
     rows: IntArray = _ONE_UNIT,
     groups: Collection[int] = GROUPS,
 ) -> Iterator[Code]:
-    """What may be the best code of `choose_code`, in order of raw bits; at least one."""
+    """What may be the best code of `choose_code`, in order of raw bits; at least one. Then those
+    whose narrow rows have fewer raw bits than the others.
+    """
     n_weights = float(units.sum())
     q = np.arange(units.shape[1]) + lowest
     least = np.inf
@@ -147,19 +152,71 @@ def _codes(
         # A group has at least one bit beside its raw ones, which may settle it.
         if (raw_bits + 1 / group) * n_weights > least:
             break
-        found = _choose_classes(_near(units, high), rows, log2_states, group)
-        min_symbol = min(found, key=lambda c: c.low).low
-        n_symbols = max(found, key=lambda c: c.high).high - min_symbol + 1
-        bits = sum(c.bits for c in found) + raw_bits * n_weights
-        outliers = sum(c.outliers for c in found)
-        least = min(least, bits)
-        yield Code(group, raw_bits, min_symbol, n_symbols, n_weights, bits, outliers, tuple(found))
+        near = _near(units, high)
+        cost = classes.class_bits(near, rows, _MARGINAL_BITS)
+        code = _code([near], [cost], (raw_bits,), log2_states, group)
+        least = min(least, code.bits)
+        yield code
+    if len(units) == 1 or 2 not in groups:
+        return
+    fit = {
+        raw_bits: _near(units, q >> raw_bits)
+        for raw_bits in range(min(FAST_RAW_BITS, max_raw_bits) + 1)
+        if max(-lowest, q[-1], largest) >> raw_bits < MAX_HIGH
+    }
+    costs = {raw_bits: _bounded_class_bits(fit[raw_bits], rows, raw_bits) for raw_bits in fit}
+    for pair in combinations(fit, 2):
+        of_pair = [fit[b] for b in pair], [costs[b] for b in pair]
+        code = _code(*of_pair, pair, log2_states, 2)
+        if code.classes[0].raw_bits < code.raw_bits:
+            yield code
+
+
+def _code(
+    near: Sequence[FloatArray],
+    costs: Sequence[FloatArray],
+    raw_bits: Sequence[int],
+    log2_states: int,
+    group: int,
+) -> Code:
+    """The best classes, each with one of the given numbers of raw bits, in this order.
+
+    For each of the numbers there are counts (units, 65) as of `_near` and what classes cost.
+    """
+    found = _choose_classes(near, costs, raw_bits, log2_states, group)
+    min_symbol = min(c.low for c in found)
+    return Code(
+        group=group,
+        raw_bits=found[-1].raw_bits,
+        min_symbol=min_symbol,
+        n_symbols=max(c.high for c in found) - min_symbol + 1,
+        n_weights=float(near[0].sum()),
+        bits=sum(c.bits for c in found),
+        outliers=sum(c.outliers for c in found),
+        classes=tuple(found),
+    )
+
+
+def _bounded_class_bits(near: FloatArray, rows: IntArray, raw_bits: int) -> FloatArray:
+    """`class_bits` that can be compared between numbers of raw bits: what symbols cannot hold are
+    outliers.
+    """
+    first, last = _ZERO - MAX_SYMBOLS[2] // 2, _ZERO + MAX_SYMBOLS[2] // 2 - 1
+    inside = near[:, first : last + 1].copy()
+    below, above = near[:, :first].sum(axis=1), near[:, last + 1 :].sum(axis=1)
+    inside[:, 0] += below
+    inside[:, -1] += above
+    further = raw_bits * inside.sum(axis=1) + OUTLIER_BITS * (below + above)
+    return classes.class_bits(inside, rows, _MARGINAL_BITS, further)
 
 
 def _price(code: Code) -> float:
     """Bits, and what else speaks against it."""
-    handicap = SLOW_BITS * code.n_weights if code.raw_bits > FAST_RAW_BITS else 0
-    return code.bits + _MARGINAL_BITS * len(code.classes) * code.n_symbols + handicap
+    handicap = SLOW_BITS if code.raw_bits > FAST_RAW_BITS else 0.0
+    if code.classes[0].raw_bits < code.raw_bits:
+        handicap = _MIXED_BITS
+    bits = code.bits + _MARGINAL_BITS * len(code.classes) * code.n_symbols
+    return bits + handicap * code.n_weights
 
 
 def _near(counts: FloatArray, value: IntArray) -> FloatArray:
@@ -172,20 +229,25 @@ def _near(counts: FloatArray, value: IntArray) -> FloatArray:
 
 
 def _choose_classes(
-    near: FloatArray, rows: IntArray, log2_states: int, group: int
+    near: Sequence[FloatArray],
+    costs: Sequence[FloatArray],
+    raw_bits: Sequence[int],
+    log2_states: int,
+    group: int,
 ) -> list[RowClass]:
-    """Classes of rows for counts (units, 65) as of `_near`, if no bits are raw."""
-    most = classes.MAX_STATES >> log2_states
-    ranges, _ = classes.split(near, rows, most, _MARGINAL_BITS)
-    joined = [near[first:end].sum(axis=0) for first, end in ranges]
+    """Those of `_code`."""
+    ranges, _ = classes.split(costs, classes.MAX_STATES >> log2_states)
+    joined = [near[kind][first:end].sum(axis=0) for first, end, kind in ranges]
     symbols = [_choose_symbols(counts, log2_states, group) for counts in joined]
     low, high = min(s[0] for s in symbols), max(s[1] for s in symbols)
     if high - low >= MAX_SYMBOLS[group]:  # classes that lean to different sides get one range
-        low, high, *_ = _choose_symbols(near.sum(axis=0), log2_states, group)
+        low, high, *_ = _choose_symbols(np.sum(joined, axis=0), log2_states, group)
         symbols = [(low, high, *_bits(counts, low, high, log2_states, group)) for counts in joined]
     return [
-        RowClass(first, end, *of_class)
-        for (first, end), of_class in zip(ranges, symbols, strict=True)
+        RowClass(first, end, raw_bits[kind], low, high, bits + raw_bits[kind] * n_weights, outliers)
+        for (first, end, kind), n_weights, (low, high, bits, outliers) in zip(
+            ranges, map(np.sum, joined), symbols, strict=True
+        )
     ]
 
 

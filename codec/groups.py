@@ -1,10 +1,10 @@
 """Integers to what the coder codes, and back: groups of symbols, raw low bits, and outliers.
 
-q is cut into hi = q >> raw_bits and its low bits. hi is coded as a symbol, hi - min_symbol in 0 ..
-n_symbols - 1, two or four neighbouring columns to a group; the low bits of four, a quad, are one
-field, the first column's lowest. Rows are filled up to whole quads with q = 0. What the coded group
-does not say, because hi is out of range or the group too rare to have a state, is an outlier: its
-remainder is hi less the coded hi.
+q is cut into hi = q >> raw_bits and its low bits, as many as the row's class has. hi is coded as a
+symbol, hi - min_symbol in 0 .. n_symbols - 1, two or four neighbouring columns to a group; the low
+bits of four, a quad, are one field, the first column's lowest. Rows are filled up to whole quads
+with q = 0. What the coded group does not say, because hi is out of range or the group too rare to
+have a state, is an outlier: its remainder is hi less the coded hi.
 """
 
 import numpy as np
@@ -25,13 +25,14 @@ def n_steps(cols: int, group: int) -> int:
 def to_groups(
     q: npt.NDArray[np.integer],
     table: Table,
-    raw_bits: int,
+    raw_bits: npt.NDArray[np.uint8],
     min_symbol: int,
     classes: npt.NDArray[np.uint8],
 ) -> tuple[IntArray, npt.NDArray[np.uint16], IntArray, npt.NDArray[np.uint32]]:
     """q (rows, cols) -> groups (steps, rows), raw bits (quads, rows), and outliers.
 
     `table` is that of all classes, `classes` (rows,) the one of each row; a group also says which.
+    `raw_bits` are those of each row (rows,).
 
     The outliers are how many each row has (rows,), and column | (remainder & 0xFFFF) << 16 of each
     of them (n,), by row, then column.
@@ -40,11 +41,12 @@ def to_groups(
     n, size = table.n_symbols, table.group
     wanted = np.zeros((size * n_steps(cols, size), rows), np.int32)
     wanted[:cols] = q.T  # later symbols, in range or not
-    low = (wanted & ((1 << raw_bits) - 1)).astype(np.uint16)
+    shift = raw_bits.astype(np.int32)
+    low = (wanted & ((1 << shift) - 1)).astype(np.uint16)
     raw = low[0::QUAD]
     for i in range(1, QUAD):
-        raw |= low[i::QUAD] << np.uint16(i * raw_bits)
-    wanted >>= raw_bits
+        raw |= low[i::QUAD] << (i * raw_bits).astype(np.uint16)
+    wanted >>= shift
     wanted -= min_symbol
 
     coded = np.clip(wanted, 0, n - 1)
@@ -70,15 +72,18 @@ def from_groups(
     entries: npt.NDArray[np.uint32],
     group: int,
     raw: npt.NDArray[np.uint16],
-    raw_bits: int,
+    raw_bits: npt.NDArray[np.uint8],
     min_symbol: int,
 ) -> npt.NDArray[np.int32]:
-    """Decode entries (steps, rows), raw bits (quads, rows) -> q less outliers."""
+    """Decode entries (steps, rows), raw bits (quads, rows), of each row so many a weight (rows,) ->
+    q less outliers.
+    """
     q = np.empty((group * len(entries), entries.shape[1]), np.int32)
     for i, symbols in enumerate(entry_symbols(entries, group)):
         q[i::group] = symbols
     q += min_symbol
-    q <<= raw_bits
+    q <<= raw_bits.astype(np.int32)
+    mask = ((1 << raw_bits) - 1).astype(np.uint16)
     for i in range(QUAD):
-        q[i::QUAD] += raw >> np.uint16(i * raw_bits) & np.uint16((1 << raw_bits) - 1)
+        q[i::QUAD] += raw >> (i * raw_bits).astype(np.uint16) & mask
     return q

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codec import ans, side
-from codec.choice import CLIP, GROUPS, MAX_HIGH, MAX_RAW_BITS, Code, choose_code
+from codec.choice import CLIP, FAST_RAW_BITS, GROUPS, MAX_HIGH, MAX_RAW_BITS, Code, choose_code
 from codec.classes import MAX_STATES, TILE, units
 from codec.groups import QUAD, from_groups, n_steps, to_groups
 from codec.scale import ScaleLog2, is_valid, to_scale
@@ -42,6 +42,10 @@ class CodedMatrix:
     log2_states: int  # P: 11 or 12
     group: int  # weights that are one symbol of the code: 2 or 4
     raw_bits: int  # 0 .. MAX_RAW_BITS; none in groups of 4
+    # The first n_narrow classes, all others having raw_bits, have so many; without such classes it
+    # is raw_bits. Fewer than raw_bits, which are then at most FAST_RAW_BITS.
+    n_narrow: int
+    narrow_raw_bits: int
     min_symbol: int  # min_symbol <= 0 < min_symbol + n_symbols
     marginals: npt.NDArray[np.uint16]  # (n_classes, n_symbols), each of sum MARGINAL_TOTAL
     classes: npt.NDArray[np.uint8]  # (rows,), each but the last of a multiple of TILE rows
@@ -63,6 +67,18 @@ class CodedMatrix:
     @property
     def n_symbols(self) -> int:
         return int(self.marginals.shape[1])
+
+    @property
+    def class_raw_bits(self) -> npt.NDArray[np.uint8]:
+        """Of each class (n_classes,)."""
+        bits = np.full(self.n_classes, self.raw_bits, np.uint8)
+        bits[: self.n_narrow] = self.narrow_raw_bits
+        return bits
+
+    @property
+    def row_raw_bits(self) -> npt.NDArray[np.uint8]:
+        """Of each row (rows,)."""
+        return self.class_raw_bits[self.classes]
 
     @property
     def scale(self) -> npt.NDArray[np.float32]:
@@ -132,14 +148,15 @@ def encode_matrix(
         classes[order[ends[c.first_unit] : ends[c.end_unit]]] = i
     marginals = _marginals(code, counts)
     table = build_tables(marginals, log2_states, code.group)
+    raw_bits = np.array([c.raw_bits for c in code.classes], np.uint8)
 
     writer = ans.BitWriter()
     states, row_ends, outlier_counts, outliers = [], [], [], []
     for chunk in _chunks(rows, cols):
         numbers, raw, n_outliers, chunk_outliers = to_groups(
-            q[chunk], table, code.raw_bits, code.min_symbol, classes[chunk]
+            q[chunk], table, raw_bits[classes[chunk]], code.min_symbol, classes[chunk]
         )
-        first_states, fields, lengths = ans.encode(table, numbers, raw, code.raw_bits)
+        first_states, fields, lengths = ans.encode(table, numbers, raw, raw_bits[classes[chunk]])
         states.append(first_states)
         row_ends.append(writer.append(fields, lengths))
         outlier_counts.append(n_outliers)
@@ -150,6 +167,8 @@ def encode_matrix(
         log2_states=log2_states,
         group=code.group,
         raw_bits=code.raw_bits,
+        n_narrow=int((raw_bits < code.raw_bits).sum()),
+        narrow_raw_bits=int(raw_bits.min()),
         min_symbol=code.min_symbol,
         marginals=marginals,
         classes=classes,
@@ -166,7 +185,8 @@ def decode_matrix(m: CodedMatrix) -> npt.NDArray[np.int32]:
     """q (rows, cols), exactly as it was encoded."""
     q = decode_streams(m)
     remainder = (m.outliers >> 16).astype(np.uint16).view(np.int16).astype(np.int32)
-    q[outlier_places(m)] += remainder << m.raw_bits
+    row, column = outlier_places(m)
+    q[row, column] += remainder << m.row_raw_bits[row].astype(np.int32)
     return q
 
 
@@ -180,7 +200,8 @@ def decode_streams(m: CodedMatrix) -> npt.NDArray[np.int32]:
         visited, raw = decoder.run(n_steps(m.cols, m.group))
         entries = tables.ravel()[visited]
         _check_ends(m, chunk, decoder.consumed - entry_nbits(entries[-1]))
-        q[chunk] = from_groups(entries, m.group, raw, m.raw_bits, m.min_symbol)[: m.cols].T
+        raw_bits = m.class_raw_bits[m.classes[chunk]]
+        q[chunk] = from_groups(entries, m.group, raw, raw_bits, m.min_symbol)[: m.cols].T
     return q
 
 
@@ -251,6 +272,14 @@ def check(m: CodedMatrix) -> None:
     require(-n_symbols < m.min_symbol <= 0, f"min_symbol {m.min_symbol}", f"> -{n_symbols}, <= 0")
     most = MAX_STATES >> m.log2_states
     require(1 <= n_classes <= most, f"{n_classes} classes", f"1 to {most}")
+    most = n_classes - 1
+    require(0 <= m.n_narrow <= most, f"{m.n_narrow} narrow classes", f"0 to {most}")
+    found = f"{m.narrow_raw_bits} raw bits in narrow classes, {m.raw_bits} in others"
+    if m.n_narrow:
+        fewer = 0 <= m.narrow_raw_bits < m.raw_bits <= FAST_RAW_BITS
+        require(fewer, found, f"fewer, and {FAST_RAW_BITS} at most")
+    else:
+        require(m.narrow_raw_bits == m.raw_bits, found, "as many, as there are no such classes")
     for marginal in m.marginals:
         total, used = marginal.sum(dtype=np.int64), np.flatnonzero(marginal)
         require(total == MARGINAL_TOTAL, f"marginal with sum {total}", f"{MARGINAL_TOTAL}")
@@ -265,12 +294,16 @@ def check(m: CodedMatrix) -> None:
     state = m.states.max()
     require(state < 1 << m.log2_states, f"first state {state}", f"below 2^{m.log2_states}")
 
-    first, shortest, longest = m.row_offsets[0], m.row_bits.min(), m.row_bits.max()
     steps = n_steps(m.cols, m.group)
-    raw = steps * m.group * m.raw_bits
-    least, most = raw + steps - 1, raw + (steps - 1) * m.log2_states
+    coded_bits = m.row_bits - steps * m.group * m.row_raw_bits.astype(np.int64)
+    first, shortest, longest = m.row_offsets[0], coded_bits.min(), coded_bits.max()
+    least, most = steps - 1, (steps - 1) * m.log2_states
     rows_fit = first == 0 and least <= shortest and longest <= most
-    require(rows_fit, f"rows of {shortest} to {longest} bits", f"{least} to {most}, from bit 0 on")
+    require(
+        rows_fit,
+        f"rows of {shortest} to {longest} bits beside raw ones",
+        f"{least} to {most}, from bit 0 on",
+    )
     n_words = -(-m.payload_bits // ans.WORD_BITS)
     require(m.words.size == n_words, f"{m.words.size} words", f"{n_words}")
 
@@ -308,9 +341,9 @@ def _by_spread(q: npt.NDArray[np.integer]) -> tuple[IntArray, IntArray]:
 def _marginals(code: Code, counts: IntArray) -> npt.NDArray[np.uint16]:
     """Of each class (n_classes, n_symbols), from counts (units, 2 CLIP + 1)."""
     marginals = np.zeros((len(code.classes), code.n_symbols), np.uint16)
-    high = np.arange(-CLIP, CLIP + 1) >> code.raw_bits
     for marginal, c in zip(marginals, code.classes, strict=True):
         symbol_counts = np.zeros(c.high - c.low + 1, np.int64)
+        high = np.arange(-CLIP, CLIP + 1) >> c.raw_bits
         of_class = counts[c.first_unit : c.end_unit].sum(axis=0)
         np.add.at(symbol_counts, np.clip(high, c.low, c.high) - c.low, of_class)
         begin = c.low - code.min_symbol
@@ -323,7 +356,9 @@ def _decoder(m: CodedMatrix, tables: npt.NDArray[np.uint32], rows: slice) -> ans
     end_word = -(-m.row_offsets[rows.stop] // ans.WORD_BITS)
     starts = m.row_offsets[:-1][rows] - first_word * ans.WORD_BITS
     words = m.words[first_word:end_word]
-    return ans.Decoder(tables, m.group, m.raw_bits, words, starts, m.states[rows], m.classes[rows])
+    return ans.Decoder(
+        tables, m.group, m.class_raw_bits, words, starts, m.states[rows], m.classes[rows]
+    )
 
 
 def _check_ends(m: CodedMatrix, rows: slice, found: IntArray) -> None:

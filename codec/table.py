@@ -99,9 +99,9 @@ def decode_table(
 ) -> npt.NDArray[np.uint32]:
     """One entry per state (2^P,); the next state is base + the next nbits bits of the stream.
 
-    Bits 0..15 the symbols, the first lowest, each in 8 or, of four, in 4 bits; 16..20 32 - nbits, by
-    which a word is shifted to the right to leave its first nbits bits; 21..31 base, or for P = 12,
-    where nbits >= 1 makes every base even, base / 2.
+    Bits 0..15 the symbols, the first lowest, each in 8 or, of four, in 4 bits; 16..20 32 - nbits,
+    by which a word is shifted to the right to leave its first nbits bits; 21..31 base, or for P =
+    12, where nbits >= 1 makes every base even, base / 2.
     """
     number, x = _spread(marginal, log2_states, group)
     nbits = log2_states - _floor_log2(x)

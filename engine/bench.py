@@ -48,25 +48,34 @@ _PROSE = (
     "of them had moved. Her brother said that the wind would turn by noon, but he had said the "
     "same on Monday, and on Tuesday the boats were still there, with their sails rolled up."
 )
-_CODE = """\
-def read_prices(path):
-    prices = {}
-    with open(path) as file:
-        for line in file:
-            name, price = line.split(",")
-            prices[name.strip()] = float(price)
-    return prices
-
-def total(prices, basket):
-    result = 0.0
-    for name, count in basket.items():
-        result += prices[name] * count
-    return result
+_JSON = """\
+{
+  "name": "lamp",
+  "color": "green",
+  "price": 24,
+  "in_stock": true,
+  "tags": ["home", "light"]
+}
 """
-# What a user asks: two answers that stand in the question for the most part, and one that does not.
+_CODE = """\
+def move(robot):
+    robot.turn("left")
+    robot.forward(10)
+    robot.turn("right")
+    robot.forward(25)
+    robot.lift("arm")
+    robot.wait(3)
+    robot.drop("arm")
+    robot.turn("left")
+    robot.home()
+"""
+# What a user asks: answers that stand in the question for the most part, as even the default model
+# gives them (after the code it explains what it has written), and one that does not.
 TASKS = {
     "quote": f"Repeat the following text word for word.\n\n{_PROSE}",
-    "edit": f"Rename the function total to cost and print the whole file again.\n\n{_CODE}",
+    "edit": f'Replace "Anna" with "Maria" in the following text.\n\n{_PROSE}',
+    "json": f'Replace "green" with "blue" in the following JSON.\n\n{_JSON}',
+    "code": f'Replace "robot" with "drone" in the following code.\n\n{_CODE}',
     "write": "Write a short story about a lighthouse.",
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -113,9 +115,12 @@ class Engine:
         # Tokens of a prompt that are queued at once: Ctrl-C is heard between such batches.
         self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
-        self._check_readback = Readback(device, "readback.check", 4 * RING + 4)
-        # Of checks of n tokens: commands to be submitted.
-        self._recorded: dict[int, Any] = {}
+        # To record a pass takes the host as long as a fast GPU takes to run it. So threads do it
+        # beforehand (most of it is in the library, outside Python's lock), and a check is followed
+        # at once by whatever its outcome calls for. Commands of a single step are under 1, of a
+        # check under its tokens.
+        self._recorders = None if device.software else ThreadPoolExecutor(2, "recorder")
+        self._recorded: defaultdict[int, deque[Future[Any]]] = defaultdict(deque)
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
         self._active: Generation | None = None
@@ -164,12 +169,13 @@ class Engine:
         self._stop_active()
         # wgpu keeps what commands use until they are submitted. What a lost device does not take
         # stays until the program ends.
-        recorded = list(self._recorded.values())
-        self._recorded.clear()
         with suppress(DeviceLostError), self.device.errors():
+            recorded = [each.result() for stock in self._recorded.values() for each in stock]
             self._model.write_state(0, [0])  # raises, where to submit would end the process
-            for commands in recorded:
-                self.device.submit(commands)
+            self.device.submit(*recorded)
+        self._recorded.clear()
+        if self._recorders is not None:
+            self._recorders.shutdown()
         if self._draft is not None:
             self._draft.close()
 
@@ -367,38 +373,42 @@ class Engine:
         """
         encoder = self.device.wgpu.create_command_encoder()
         encode(encoder, plans)
-        return self._finish(encoder)
+        return self._finish(encoder.finish())
 
-    def _submit_steps(self, n_steps: int) -> Readback:
-        return self._submit(self._step * n_steps)
-
-    def _finish(self, encoder: Any) -> Readback:
+    def _finish(self, *commands: Any) -> Readback:
+        """Queue `commands` and the ring's way back."""
         readback = self._readbacks[0]
         self._readbacks.reverse()
-        self._read_ring(encoder, readback.buffer)
-        readback.submit(encoder.finish())
-        return readback
-
-    def _read_ring(self, encoder: Any, target: Any) -> None:
+        encoder, target = self.device.wgpu.create_command_encoder(), readback.buffer
         encoder.copy_buffer_to_buffer(self._sampler.sampled, 0, target, 0, 4 * RING)
         encoder.copy_buffer_to_buffer(self._model.state, 8, target, 4 * RING, 4)  # n_sampled
+        readback.submit(*commands, encoder.finish())
+        return readback
+
+    def _submit_steps(self, n_steps: int) -> Readback:
+        return self._submit_recorded(1, n_steps, self._tokens_per_submit)
 
     @uninterrupted()
-    def _submit_check_pass(self, n: int) -> Readback:
-        """Queue a check of the n tokens in the state.
-
-        Its commands are the same whatever is checked, and to record them takes as long as half of
-        the pass on a fast GPU: so the next ones are recorded while this one runs.
+    def _submit_recorded(self, n: int, times: int, stock: int) -> Readback:
+        """Queue a check of the n tokens in the state, or `times` single steps, and have `stock` of
+        the same recorded for the next time.
         """
-        commands = self._recorded.pop(n, None)
-        self._check_readback.submit(commands or self._record_check(n))
-        self._recorded[n] = self._record_check(n)
-        return self._check_readback
+        if self._recorders is None:
+            return self._finish(*(self._record(n) for _ in range(times)))
+        recorded = self._recorded[n]
+        self._have_recorded(n, times)
+        readback = self._finish(*(recorded.popleft().result() for _ in range(times)))
+        self._have_recorded(n, stock)
+        return readback
 
-    def _record_check(self, n: int) -> Any:
+    def _have_recorded(self, n: int, count: int) -> None:
+        assert self._recorders is not None
+        for _ in range(len(self._recorded[n]), count):
+            self._recorded[n].append(self._recorders.submit(self._record, n))
+
+    def _record(self, n: int) -> Any:
         encoder = self.device.wgpu.create_command_encoder()
-        encode(encoder, self._check_pass[n])
-        self._read_ring(encoder, self._check_readback.buffer)
+        encode(encoder, self._step if n == 1 else self._check_pass[n])
         return encoder.finish()
 
     def _submit_check(
@@ -409,7 +419,7 @@ class Engine:
         if draft.source == LOOKUP:
             tokens = [token, *self._lookup.draft(n - 1)]
             self._model.write_state(pos, tokens, sampling.seed, n_sampled)
-            return self._submit_check_pass(n)
+            return self._submit_recorded(n, 1, 1)
         assert self._draft is not None
         if self._draft._cached != self._cached:
             self._draft._read_prompt(self._cached, sampling, draw=False)
@@ -426,7 +436,7 @@ class Engine:
                 self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
             )
             encode(encoder, self._check_pass[n])
-            return self._finish(encoder)
+            return self._finish(encoder.finish())
 
 
 def _tokens(batch: Batch, sequences: list[BatchSequence]) -> Iterator[tuple[int, int]]:

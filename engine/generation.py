@@ -107,6 +107,7 @@ class Generation:
         n_drawn, sampling, context = 0, self._sampling, self._engine.context
         if self._speculate:
             self._engine._lookup.begin(text)
+            self._engine._policy.begin()
         while True:
             # The prompt's own last pass samples the first token; each further token takes one step,
             # whose input must still have a position.
@@ -137,22 +138,21 @@ class Generation:
         pending = deque([_Submitted(engine._submit(), 0, None, waited)])
         read = previous = 0
         submitted = 1
-        # Few at first: where a draft is worth a check, what is under way is waited for.
-        n_steps = 1 if self._speculate else engine._tokens_per_submit
+        singles = 0  # submits of single steps in a row
         while read < wanted:
             draft = self._choose(wanted - read) if read else None
             if draft is None:
                 while submitted < wanted and len(pending) <= engine._submits_ahead:
-                    n = min(n_steps, wanted - submitted)
+                    n = min(self._steps_per_submit(singles), wanted - submitted)
                     now = time.perf_counter()
                     pending.append(_Submitted(engine._submit_steps(n), n, None, now))
                     submitted += n
-                    n_steps = min(2 * n_steps, engine._tokens_per_submit)
+                    singles += 1
             elif not pending:
                 now = time.perf_counter()
                 readback = engine._submit_check(draft, previous, sampling, read)
                 pending.append(_Submitted(readback, 1, draft, now))
-                n_steps = 1
+                singles = 0
             done = pending.popleft()
             ring = done.readback.read()
             now = time.perf_counter()
@@ -170,6 +170,19 @@ class Generation:
                 read += 1
                 previous = token
                 yield token
+
+    def _steps_per_submit(self, singles: int) -> int:
+        """As many as keep the GPU busy, after so many `singles`.
+
+        A check waits for what is under way: so half as many where there may be one, and few after
+        one or where the next is near.
+        """
+        most = self._engine._tokens_per_submit
+        if not self._speculate:
+            return most
+        if self._engine._lookup.promising:
+            return 1
+        return min(1 + singles // 2, max(1, most // 2))
 
     def _choose(self, most: int) -> Draft | None:
         """What to check next, of at most `most` tokens."""

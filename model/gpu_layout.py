@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from codec import scale
+from codec.choice import FAST_RAW_BITS
 from codec.classes import TILE
 from codec.lossless import LosslessMatrix
-from codec.matrix import CodedMatrix
+from codec.matrix import CodedMatrix, outlier_places
 
 BLOCK = 32  # columns that share an activation scale; kernels work in whole blocks
 CHUNK_BITS = 128  # what stream_wide reads at a time
@@ -26,7 +27,8 @@ def row_info(m: CodedMatrix, rows: Rows, bits: Rows, places: Rows) -> npt.NDArra
     """struct Row of some rows (rows, 4): their streams start at `bits`, `places` is for `place`."""
     info = np.empty((rows.size, 4), np.uint32)
     info[:, 0] = bits
-    info[:, 1] = places | m.classes[rows].astype(np.int64) << 28
+    classes = m.classes[rows].astype(np.int64)
+    info[:, 1] = places | classes << 28 | (classes < m.n_narrow).astype(np.int64) << 31
     info[:, 2] = m.outlier_offsets[rows]
     info[:, 3] = m.scale_log2[rows].astype(np.int64) - scale.ZERO << 16 | m.outlier_counts[rows]
     return info
@@ -38,7 +40,8 @@ def far_outliers(m: CodedMatrix) -> npt.NDArray[np.uint32]:
     Far is an outlier that does not fit its byte with every symbol: shaders/shared/planes.wgsl.
     """
     remainder = m.outliers.view(np.int32) >> 16
-    room = 128 >> (m.raw_bits if m.raw_bits <= 2 else 0)
+    row, _ = outlier_places(m)
+    room = 128 >> (m.row_raw_bits[row].astype(np.int32) if m.raw_bits <= FAST_RAW_BITS else 0)
     far = (m.min_symbol + remainder < -room) | (m.min_symbol + m.n_symbols - 1 + remainder >= room)
     before = np.append(0, np.cumsum(far))
     return np.append(m.rows + 1 + before[m.outlier_offsets], m.outliers[far]).astype(np.uint32)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from codec import classes
+from codec.choice import FAST_RAW_BITS
 from codec.classes import TILE
 from codec.lossless import AnyMatrix, LosslessMatrix, exponent_tables
 from codec.matrix import CodedMatrix
@@ -115,12 +116,13 @@ class GpuMatrix:
         self.n_states = 1 << m.log2_states
         self.floats = floats is not None
         self._group = m.group
-        self._raw_bits = m.raw_bits
+        self._raw_bits = dict(raw_bits=m.raw_bits, narrow_raw_bits=m.narrow_raw_bits)
         # What a decoded symbol means: overrides and params of the kernels that use it.
         self._overrides: dict[str, int] = {}
         self._params = dict(offset=m.min_symbol << m.raw_bits)
         self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
-        self._planes = 1 if m.raw_bits <= 2 else 2  # of bytes: shaders/shared/planes.wgsl
+        # Of bytes: shaders/shared/planes.wgsl.
+        self._planes = 1 if m.raw_bits <= FAST_RAW_BITS else 2
         self._far = far_outliers(m)
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
@@ -232,7 +234,7 @@ class GpuMatrix:
         return dict(
             n_states=self.n_states,
             group_size=self._group,
-            raw_bits=self._raw_bits,
+            **self._raw_bits,
             interleave=self.interleave,
         )
 
@@ -438,7 +440,7 @@ class GpuMatrix:
             row_quads=4 * tile,
             planes=self._planes,
             n_states=self.n_states,
-            raw_bits=self._raw_bits,
+            **self._raw_bits,
         )
         dispatch = kernel.dispatch(
             [-(-params["rows"] // tile), 1, splits],
@@ -453,7 +455,7 @@ class GpuMatrix:
         self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
     ) -> Iterator[Step]:
         kernel = self.kernels.get(
-            "matmul_rows", planes=self._planes, n_states=self.n_states, raw_bits=self._raw_bits
+            "matmul_rows", planes=self._planes, n_states=self.n_states, **self._raw_bits
         )
         window = uniform_tokens(self.n_blocks)
         for first in range(0, x.tokens, window):

@@ -54,14 +54,15 @@ def chunk_tokens(max_pos: int, *, software: bool) -> int:
 
 def scratch_bytes(c: ModelConfig, max_pos: int, *, software: bool) -> int:
     """About what a `Prompt` allocates, if there is one."""
-    qkv = (c.q_dim + 2 * c.kv_dim) * (2 if c.qkv_bias or c.qk_norm else 1)
-    partial = c.n_heads * (c.head_dim + 2) * (1 if software else _MAX_SPLITS)
-    floats = 3 * c.dim + qkv + partial + 2 * c.hidden_dim
+    qkv = c.q_dim + 2 * c.kv_dim
+    floats = c.dim + max(qkv, c.dim, 2 * c.hidden_dim) + qkv * (c.qkv_bias or c.qk_norm)
     digits = c.dim + c.q_dim + c.hidden_dim
     token_bytes = 4 * floats + digits * 5 // 4  # with their scales
+    tokens = chunk_tokens(max_pos, software=software)
     decoded = min(_BYTES, max(m.rows * m.cols for m in layout.matrices(c) if m.in_block))
+    partial = 4 * tokens * c.n_heads * (c.head_dim + 2) * (1 if software else _MAX_SPLITS)
     windows = 3 * UNIFORM_BLOCKS * 40  # at the end of activations
-    return chunk_tokens(max_pos, software=software) * token_bytes + decoded + windows
+    return tokens * token_bytes + max(decoded, partial) + windows
 
 
 class Prompt:
@@ -95,24 +96,22 @@ class Prompt:
         self.state = device.empty("prompt.state", 4 * (4 + n))
         self.x = device.empty("prompt.x", 4 * n * c.dim)
         self.xn = Activations.for_matmul(device, "prompt.xn", n, c.dim)
-        self.qkv = device.empty("prompt.qkv", 4 * n * (c.q_dim + 2 * c.kv_dim))
+        # Of every product in turn: what comes next has used it up before the next one writes.
+        self.y = device.empty("prompt.y", 4 * n * max(m.rows for m in matrices))
         self.qkv_heads = None
         if c.qkv_bias or c.qk_norm:
-            self.qkv_heads = device.empty("prompt.qkv_heads", self.qkv.size)
-        self.partial = device.empty(
-            "prompt.attn.partial", 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
-        )
+            self.qkv_heads = device.empty("prompt.qkv_heads", 4 * n * (c.q_dim + 2 * c.kv_dim))
         self.attn = Activations.for_matmul(device, "prompt.attn", n, c.q_dim)
-        self.o = device.empty("prompt.o", 4 * n * c.dim)
-        self.gate_up = device.empty("prompt.gate_up", 4 * n * 2 * c.hidden_dim)
         self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
-        self.down = device.empty("prompt.down", 4 * n * c.dim)
-        self.bytes = device.empty("prompt.bytes", min(_BYTES, max(m.n_bytes for m in matrices)))
+        # Weights, and between products the shares of attention's splits.
+        shares = 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
+        decoded = min(_BYTES, max(m.n_bytes for m in matrices))
+        self.bytes = self.partial = device.empty("prompt.bytes", max(decoded, shares))
         self.blocks = device.empty("prompt.blocks", 4 * -(-model.max_pos // BLOCK))
         self._layer_steps: dict[bool, list[Step]] = {False: list(self._layers(paged=False))}
         self._plans: dict[tuple[int, bool], list[Plan]] = {}
         self.last_head = Plan(self._last_head())
-        self._norm = self._rms_norm(Output(self.down, 1), model.norm, self.xn)
+        self._norm = self._rms_norm(Output(self.y, 1), model.norm, self.xn)
 
     @staticmethod
     def fits(model: Llama) -> bool:
@@ -172,33 +171,32 @@ class Prompt:
 
     def _layers(self, paged: bool) -> Iterator[Step]:
         m, do, room = self._model, self._model.operations, self.max_tokens
-        before = Output(self.down, 0)
+        product, before = Output(self.y, 1), Output(self.y, 0)
         for dispatch in m.embed_tokens.embed(self.state, self.x, tokens=1):
             yield Step(dispatch, 1)
         for i, layer in enumerate(m.blocks):
             keys, values = m.cache.keys[i], m.cache.values[i]
             yield self._rms_norm(before, layer.input_layernorm, self.xn)
-            before = Output(self.down, 1)
-            yield from layer.qkv_proj.matmul(self.xn, self.qkv, self.bytes)
-            qkv = self.qkv
+            before = product
+            yield from layer.qkv_proj.matmul(self.xn, self.y, self.bytes)
+            qkv = self.y
             if self.qkv_heads is not None:
-                y, qkv = Output(self.qkv, 1), self.qkv_heads
-                yield Step(do.qkv_heads(1, y, layer.qkv_added, out=qkv, room=room), 1)
+                qkv = self.qkv_heads
+                yield Step(do.qkv_heads(1, product, layer.qkv_added, out=qkv, room=room), 1)
             yield self._cache_write(i, qkv, keys, values, paged)
             yield self._attention(i, qkv, keys, values, paged)
             splits = dict(partial=self.partial, n_splits=self._splits)
             yield Step(do.attention_combine(1, out=self.attn, **splits), 1)
-            yield from layer.o_proj.matmul(self.attn, self.o, self.bytes)
+            yield from layer.o_proj.matmul(self.attn, self.y, self.bytes)
 
-            o = Output(self.o, 1)
-            yield self._rms_norm(o, layer.post_attention_layernorm, self.xn)
-            yield from layer.gate_up_proj.matmul(self.xn, self.gate_up, self.bytes)
-            yield Step(do.swiglu(1, Output(self.gate_up, 1), out=self.h, room=room), 1)
-            yield from layer.down_proj.matmul(self.h, self.down, self.bytes)
+            yield self._rms_norm(product, layer.post_attention_layernorm, self.xn)
+            yield from layer.gate_up_proj.matmul(self.xn, self.y, self.bytes)
+            yield Step(do.swiglu(1, product, out=self.h, room=room), 1)
+            yield from layer.down_proj.matmul(self.h, self.y, self.bytes)
 
     def _last_head(self) -> Iterator[Dispatch]:
         m = self._model
-        yield self._rms_norm(Output(self.down, 1), m.norm, m.xn, last=True).of(1)
+        yield self._rms_norm(Output(self.y, 1), m.norm, m.xn, last=True).of(1)
         yield from m.lm_head.matvec(m.xn, m.logits, tokens=1, digits=1)
 
     def _rms_norm(self, y: Output, weight: Any, out: Activations, last: bool = False) -> Step:

@@ -34,6 +34,6 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   let index = params.first_row + id.x;
   let row = row_info[index];
   var s = open_stream(row.bit, 0u, entries[index], first_entry(row));
-  write_bytes(&s, 0u, 32u * params.n_blocks, id.x);
+  write_bytes(&s, row, 0u, 32u * params.n_blocks, id.x);
   add_near_outliers(row, 0u, 32u * params.n_blocks, id.x);
 }

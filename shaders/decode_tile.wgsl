@@ -43,6 +43,6 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   load_table(lane, lanes, first_entry(row_info[params.first_row + group.x * 32u]));
   let begin = 32u * first_block(segment);
   let end = 32u * first_block(segment + 1u);
-  write_bytes(&s, begin, end, byte_row);
+  write_bytes(&s, row, begin, end, byte_row);
   add_near_outliers(row, begin, end, byte_row);
 }

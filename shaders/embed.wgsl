@@ -30,6 +30,16 @@ struct Params {
 @group(0) @binding(6) var<storage, read> outliers: array<u32>;
 @group(0) @binding(7) var<storage, read_write> x: array<f32>;  // (tokens, cols)
 
+fn write_columns(s: ptr<function, Stream>, raw: u32, begin: u32, end: u32, first: u32, scale: f32) {
+  for (var column = begin; column < end; column += 16u) {
+    let w = decode16(s, raw);
+    for (var k = 0u; k < 16u; k++) {  // known beforehand, so that no byte is looked for
+      let value = i32(weight_at(w, k)) + (params.offset >> (raw_bits - raw));
+      if (column + k < end) { x[first + column + k] = f32(value) * scale; }
+    }
+  }
+}
+
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
   let row = row_info[state.tokens[group.y]];
@@ -43,12 +53,10 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
     let begin = 32u * first_block(segment);
     let end = min(32u * first_block(segment + 1u), params.cols);
-    for (var column = begin; column < end; column += 16u) {
-      let w = decode16(&s);
-      for (var k = 0u; k < 16u; k++) {  // known beforehand, so that no byte is looked for
-        let value = i32(weight_at(w, k)) + params.offset;
-        if (column + k < end) { x[first + column + k] = f32(value) * scale; }
-      }
+    if (is_narrow(row)) {
+      write_columns(&s, narrow_raw_bits, begin, end, first, scale);
+    } else {
+      write_columns(&s, raw_bits, begin, end, first, scale);
     }
   }
   storageBarrier();
@@ -56,6 +64,6 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let end_k = end_outlier(row);
   for (var k = row.first_outlier + lane; k < end_k; k += lanes) {
     let outlier = outliers[k];
-    x[first + outlier_column(outlier)] += outlier_value(outlier) * scale;
+    x[first + outlier_column(outlier)] += outlier_value(outlier, row_raw_bits(row)) * scale;
   }
 }

@@ -22,14 +22,22 @@ struct Params {
 
 fn table_entry(s: ptr<function, Stream>) -> u32 { return table[(*s).table + (*s).state]; }
 
+fn skip(s: ptr<function, Stream>, blocks: u32, raw: u32) {
+  for (var half = 0u; half < 2u * blocks; half++) { _ = decode16(s, raw); }
+}
+
 @compute @workgroup_size(32)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   if (id.x >= params.rows) { return; }
   let row = row_info[id.x];
   var s = open_stream(row.bit, 0u, entries[id.x], first_entry(row));
   for (var segment = 1u; segment < params.n_segments; segment++) {
-    let end = 2u * first_block(segment);
-    for (var half = 2u * first_block(segment - 1u); half < end; half++) { _ = decode16(&s); }
+    let blocks = first_block(segment) - first_block(segment - 1u);
+    if (is_narrow(row)) {
+      skip(&s, blocks, narrow_raw_bits);
+    } else {
+      skip(&s, blocks, raw_bits);
+    }
     entries[segment * params.rows_padded + id.x] = bits_read(&s, row.bit) * n_states + s.state;
   }
 }

@@ -135,7 +135,7 @@ fn write_row(index: u32, token: u32, row_sums: vec4<f32>, first_token: u32) {
       let column = outlier_column(far_outliers[k]);
       let x = vec4<f32>(activation(token, column), activation(token + n, column),
                         activation(token + 2u * n, column), activation(token + 3u * n, column));
-      sums += outlier_value(far_outliers[k]) * x;
+      sums += outlier_value(far_outliers[k], row_raw_bits(row)) * x;
     }
   }
   let scale = row_scale(row);

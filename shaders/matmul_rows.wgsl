@@ -114,7 +114,7 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
       for (var k = far_outliers[place]; k < end; k++) {
         let outlier = far_outliers[k];
         for (var t = 0u; t < TOKENS; t++) {
-          total[t] += outlier_value(outlier) * activation(token + t, outlier_column(outlier));
+          total[t] += outlier_value(outlier, row_raw_bits(row)) * activation(token + t, outlier_column(outlier));
         }
       }
       for (var t = 0u; t < TOKENS; t++) {

@@ -73,18 +73,20 @@ def decode_row(m, row):
             position += 1
         return value
 
+    narrow = m.classes[row] < m.n_narrow
+    raw_bits = m.narrow_raw_bits if narrow else m.raw_bits
     start, trail, q = position, [], []
     for column in range(0, m.cols + -m.cols % 4, m.group):
         trail.append((position - start, state))
         if column % 4 == 0:
-            raw = read(4 * m.raw_bits)
+            raw = read(4 * raw_bits)
         symbols, nbits, base = table[state]
         if column + m.group < m.cols + -m.cols % 4:
             state = base + read(nbits)
         for symbol in symbols:
-            q.append((symbol + m.min_symbol) * 2**m.raw_bits + raw % 2**m.raw_bits)
-            raw >>= m.raw_bits
+            q.append((symbol + m.min_symbol) * 2**raw_bits + raw % 2**raw_bits)
+            raw >>= raw_bits
     for outlier in m.outliers[m.outlier_offsets[row] : m.outlier_offsets[row + 1]].tolist():
         remainder = outlier >> 16
-        q[outlier & 0xFFFF] += (remainder - 2**16 * (remainder >> 15)) * 2**m.raw_bits
+        q[outlier & 0xFFFF] += (remainder - 2**16 * (remainder >> 15)) * 2**raw_bits
     return q[: m.cols], trail, position - start

@@ -18,6 +18,8 @@ from codec.table import (
     quantize_marginal,
 )
 
+NONE = np.zeros(1, np.uint8)  # raw bits
+
 
 def test_stream_by_hand():
     """Two quads in the table of `test_table_of_one_value_by_hand`, with one raw bit per weight.
@@ -28,7 +30,8 @@ def test_stream_by_hand():
     """
     marginal = np.array([65535, 1], np.uint16)
     pairs, raw = np.array([[2], [0], [1], [0]]), np.array([[0b0110], [0b1011]], np.uint16)
-    states, quads, lengths = ans.encode(build_table(marginal, 11, 2), pairs, raw, raw_bits=1)
+    one = np.ones(1, np.uint8)
+    states, quads, lengths = ans.encode(build_table(marginal, 11, 2), pairs, raw, one)
     assert states.tolist() == [1281]
     assert quads.tolist() == [[0b0110_00_0, 0b1011_00]]
     assert lengths.tolist() == [[7, 6]]
@@ -38,7 +41,7 @@ def test_stream_by_hand():
     assert writer.words().tolist() == [0b0110_00_0_1011_00 << 19]
 
     tables, first = decode_tables(marginal[None], 11, 2), np.zeros(1, np.uint8)
-    decoder = ans.Decoder(tables, 2, 1, writer.words(), np.array([0]), states, first)
+    decoder = ans.Decoder(tables, 2, one, writer.words(), np.array([0]), states, first)
     visited, got_raw = decoder.run(4)
     assert visited.tolist() == [[1281], [512], [1024], [0]]
     assert np.array_equal(got_raw, raw)
@@ -54,14 +57,14 @@ def test_stream_of_quads_by_hand():
     """
     marginal = np.array([65535, 1], np.uint16)
     groups, none = np.array([[0], [1], [0]]), np.zeros((3, 1), np.uint16)
-    states, quads, lengths = ans.encode(build_table(marginal, 11, 4), groups, none, raw_bits=0)
+    states, quads, lengths = ans.encode(build_table(marginal, 11, 4), groups, none, NONE)
     assert states.tolist() == [512]
     assert quads.tolist() == [[0, 0, 0]]
     assert lengths.tolist() == [[1, 3, 0]]
     writer = ans.BitWriter()
     assert writer.append(quads, lengths).tolist() == [4]
     tables, first = decode_tables(marginal[None], 11, 4), np.zeros(1, np.uint8)
-    decoder = ans.Decoder(tables, 4, 0, writer.words(), np.array([0]), states, first)
+    decoder = ans.Decoder(tables, 4, NONE, writer.words(), np.array([0]), states, first)
     visited, _ = decoder.run(3)
     assert visited.tolist() == [[512], [1024], [0]]
 
@@ -72,12 +75,12 @@ def test_streams_may_have_no_bits():
     table, tables = build_table(marginal, 11, 4), decode_tables(marginal[None], 11, 4)
     groups = np.flatnonzero(table.frequencies)[None]
     streams = groups.size
-    states, *fields = ans.encode(table, groups, np.zeros_like(groups, np.uint16), raw_bits=0)
+    states, *fields = ans.encode(table, groups, np.zeros_like(groups, np.uint16), NONE)
     writer = ans.BitWriter()
     assert writer.append(*fields).tolist() == [0] * streams
     assert writer.words().size == 0
     starts, first = np.zeros(streams, np.int64), np.zeros(streams, np.uint8)
-    decoder = ans.Decoder(tables, 4, 0, writer.words(), starts, states, first)
+    decoder = ans.Decoder(tables, 4, NONE, writer.words(), starts, states, first)
     symbols = np.array(entry_symbols(tables[0][decoder.run(1)[0]], 4))
     assert np.array_equal(symbols[:, 0].T @ [8, 4, 2, 1], groups[0])
 
@@ -106,15 +109,15 @@ def test_decoder_resumes_where_it_stopped(group):
     marginals = np.array([quantize_marginal(c) for c in counts])
     table = build_tables(marginals, 12, group)
     classes = np.arange(7) % 2
-    n, raw_bits = 5**group, 2 if group == 2 else 0
+    n, of_rows = 5**group, classes.astype(np.uint8)
+    raw_bits = np.array([1, 2] if group == 2 else [0, 0], np.uint8)  # of the classes
     first, second = (n * c + np.flatnonzero(table.frequencies[n * c :][:n]) for c in (0, 1))
     groups = np.where(classes, rng.choice(second, (30, 7)), rng.choice(first, (30, 7)))
-    raw = rng.integers(0, 256 if raw_bits else 1, (30 * group // 4, 7), np.uint16)
-    states, *streams = ans.encode(table, groups, raw, raw_bits)
+    raw = rng.integers(0, 16 ** raw_bits[classes].astype(int), (30 * group // 4, 7), np.uint16)
+    states, *streams = ans.encode(table, groups, raw, raw_bits[classes])
     writer = ans.BitWriter()
     starts = np.append(0, writer.append(*streams)[:-1])
     tables, words = decode_tables(marginals, 12, group), writer.words()
-    of_rows = classes.astype(np.uint8)
     whole = ans.Decoder(tables, group, raw_bits, words, starts, states, of_rows).run(30)
     symbols = np.array(entry_symbols(tables.ravel()[whole[0]], group), np.int64)
     digits = 5 ** np.arange(group)[::-1]
@@ -149,7 +152,7 @@ def test_rate_is_within_one_percent_of_constriction(kind, step, p):
     assert m.n_classes == 1
     assert m.group == (4 if step > 2 else 2)
     table = build_tables(m.marginals, p, m.group)
-    groups, *_ = to_groups(q, table, m.raw_bits, m.min_symbol, m.classes)
+    groups, *_ = to_groups(q, table, m.row_raw_bits, m.min_symbol, m.classes)
     kept = np.flatnonzero(table.frequencies)
     index = np.cumsum(table.frequencies > 0) - 1
     model = constriction.stream.model.Categorical(table.frequencies[kept] / 2.0**p, perfect=False)

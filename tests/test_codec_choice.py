@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.choice import MAX_HIGH, MAX_INTEGER, MAX_RAW_BITS, choose_code
+from codec import choice
+from codec.choice import CLIP, MAX_HIGH, MAX_INTEGER, MAX_RAW_BITS, choose_code
 from codec.matrix import decode_matrix, encode_matrix
 from codec.table import MAX_SYMBOLS
 
@@ -37,6 +38,36 @@ def test_prediction_is_what_the_encoder_needs(sigma, kind, log2_states):
     assert m.payload_bits + 32 * m.outliers.size == pytest.approx(code.bits, rel=0.002)
     # Those out of range are counted; rare groups are expected: five standard deviations.
     assert abs(m.outliers.size - code.outliers) < 5 * np.sqrt(code.outliers + 1)
+
+
+def uneven(cols=1500):
+    """q (160, cols): rows of zeros and ones beside rows too wide for 32 symbols."""
+    sigma = np.repeat([0.4, 0.6, 0.8, 12.0, 18.0], 32)[:, None]
+    return np.rint(np.random.default_rng(8).normal(size=(160, cols)) * sigma).astype(np.int32)
+
+
+@pytest.mark.parametrize("log2_states", [11, 12])
+def test_narrow_rows_have_fewer_raw_bits(log2_states, monkeypatch):
+    q = uneven()
+    counts = np.array([np.bincount(rows.ravel() + CLIP, minlength=2 * CLIP + 1) for rows in q])
+    code = choose_code(counts, -CLIP, log2_states, rows=np.ones(160, np.int64))
+    m = encode_matrix(q, np.zeros(160, np.int16), log2_states)
+    assert [c.raw_bits for c in code.classes] == m.class_raw_bits.tolist()
+    assert m.row_raw_bits.tolist() == [0] * 96 + [2] * 64
+    assert m.payload_bits + 32 * m.outliers.size == pytest.approx(code.bits, rel=0.004)
+    assert np.array_equal(decode_matrix(m), q)
+    monkeypatch.setattr(choice, "_MIXED_BITS", 9.0)
+    alike = encode_matrix(q, np.zeros(160, np.int16), log2_states)
+    assert alike.n_narrow == 0
+    assert m.stored_bits < alike.stored_bits - 0.3 * q.size
+
+
+def test_outliers_too_large_for_narrow_rows_forbid_them():
+    q = uneven(70)
+    q[0, 0] = 2 * MAX_HIGH
+    m = encode_matrix(q, np.zeros(160, np.int16), 11)
+    assert m.row_raw_bits.min() > 0
+    assert np.array_equal(decode_matrix(m), q)
 
 
 SPARSE = {

@@ -213,6 +213,8 @@ def test_golden_words_are_read(record):
         log2_states=record["log2_states"],
         group=record["group"],
         raw_bits=record["raw_bits"],
+        n_narrow=record["n_narrow"],
+        narrow_raw_bits=record["narrow_raw_bits"],
         min_symbol=record["min_symbol"],
         marginals=np.array(record["marginals"], np.uint16),
         classes=np.array(record["classes"], np.uint8),
@@ -312,6 +314,12 @@ DAMAGE = {
     "too many symbols for groups of four": lambda m: {"group": 4},
     "raw bits": lambda m: {"raw_bits": 5},
     "negative raw bits": lambda m: {"raw_bits": -1},
+    "no more than the narrow class": lambda m: {"raw_bits": m.narrow_raw_bits},
+    "more than beside narrow classes": lambda m: {"raw_bits": 3},
+    "negative narrow raw bits": lambda m: {"narrow_raw_bits": -1},
+    "narrow raw bits of no class": lambda m: {"n_narrow": 0},
+    "all classes narrow": lambda m: {"n_narrow": m.n_classes},
+    "fewer than no narrow classes": lambda m: {"n_narrow": -1},
     "symbols above 0": lambda m: {"min_symbol": 1},
     "symbols below 0": lambda m: {"min_symbol": -m.n_symbols},
     "one symbol": lambda m: {"marginals": m.marginals[:, :1]},
@@ -345,11 +353,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_parts_that_do_not_fit_are_found(damage):
-    q = gaussian(70, 700, 2.5)
-    q[::2] //= 4
+    q = gaussian(70, 700, 12)
+    q[::2] //= 12
     q[[0, 4, 4, 4], [0, 5, 6, 7]] = 2000
     m = encode_matrix(q, np.zeros(70, np.int16))
-    assert m.n_classes == 2
+    assert (m.n_classes, m.n_narrow, m.narrow_raw_bits, m.raw_bits) == (2, 1, 0, 2)
     check(m)
     with pytest.raises(ValueError, match="expected"):
         check(replace(m, **DAMAGE[damage](m)))

@@ -37,7 +37,9 @@ pytestmark = pytest.mark.gpu
 def test_matrices_cover_every_kind_of_code() -> None:
     every = [coded(np.random.default_rng(7), *matrix) for matrix in MATRICES]
     assert {m.raw_bits for m in every} == {0, 1, 2, 3, 4}
-    assert [m.n_classes for m in every] == [1, 2, 1, 2, 1, 1, 5, 3, 2, 1]
+    narrow = [(m.narrow_raw_bits, m.raw_bits) for m in every if m.n_narrow]
+    assert narrow == [(0, 2), (1, 2), (0, 1)]
+    assert [m.n_classes for m in every] == [1, 2, 2, 2, 1, 1, 5, 3, 2, 1]
     assert [m.group for m in every] == [2, 2, 2, 2, 2, 2, 2, 4, 4, 4]
     assert min(m.outliers.size for m in every[-3:-1]) > 0
 

@@ -93,7 +93,7 @@ def test_matmul(
     got_q, want_q = as_integers(m, device, bytes_, gpu), q.copy()
     row = np.repeat(np.arange(m.rows), np.diff(far[: m.rows + 1].astype(np.int64)))
     column, remainder = far[m.rows + 1 :] & 0xFFFF, far[m.rows + 1 :].view(np.int32) >> 16
-    want_q[row, column] -= remainder << m.raw_bits
+    want_q[row, column] -= remainder << m.row_raw_bits[row].astype(np.int32)
     assert (got_q == want_q).all()
 
     # A block's dot is exact; it is scaled and added in f32, once for every plane; then outliers and

@@ -46,7 +46,17 @@ def hexadecimal(values: np.ndarray) -> list[str]:
 
 
 def test_format_example_is_what_the_code_makes(example: dict[str, Any], coded: CodedMatrix) -> None:
-    fields = ("rows", "cols", "log2_states", "n_classes", "group", "raw_bits", "min_symbol")
+    fields = (
+        "rows",
+        "cols",
+        "log2_states",
+        "n_classes",
+        "group",
+        "raw_bits",
+        "n_narrow",
+        "narrow_raw_bits",
+        "min_symbol",
+    )
     assert {field: getattr(coded, field) for field in fields} == {f: example[f] for f in fields}
     assert hexadecimal(coded.words) == example["words"]
     assert hexadecimal(pack_side(coded)) == example["side"]
@@ -150,8 +160,8 @@ def test_format_words_suffice_to_decode(
     assert m.group == group
     tables = [group_table(marginal, log2_states, group) for marginal in m.marginals.tolist()]
     bits = "".join(f"{word:032b}" for word in m.words)
-    b = m.raw_bits
     for row in range(m.rows):
+        b = m.narrow_raw_bits if m.classes[row] < m.n_narrow else m.raw_bits
         position, state = int(m.row_offsets[row]), int(m.states[row])
         states = tables[m.classes[row]]
         decoded = []

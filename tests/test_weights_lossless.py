@@ -148,7 +148,7 @@ def test_resolve_keeps_a_model_without_loss_under_its_own_name(
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
     folder = write_hf_folder(tmp_path / "tiny", UNTIED, random_tensors(UNTIED))
     path = cache.resolve(folder, "lossless", progress=False)
-    assert path.name.endswith("-lossless-v5.safetensors")
+    assert path.name.endswith("-lossless-v6.safetensors")
     assert "without loss" in capsys.readouterr().err
     assert WeightsFile.open(path).lossless
     assert cache.resolve(folder, "lossless") == path != cache.resolve(folder, 5.0)

@@ -208,7 +208,7 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
     ("edit", "named"),
     [
         (lambda m, t: m.update(format="other"), "answer convert"),
-        (lambda m, t: m.update(format_version="2"), "version 2, expected 4"),
+        (lambda m, t: m.update(format_version="2"), "version 2, expected 5"),
         (lambda m, t: m.pop("source"), "source"),
         (lambda m, t: m.update(config=[]), "config"),
         (lambda m, t: m["config"].update(n_kv_heads=3), "n_kv_heads"),
@@ -233,6 +233,9 @@ def put(index: int, value: Any) -> Callable[[np.ndarray], np.ndarray]:
         (lambda m, t: m["matrices"][QKV].pop("group"), QKV),
         (set_field("raw_bits", 5), "raw_bits"),
         (set_field("raw_bits", -1), "raw_bits"),
+        (set_field("n_narrow", 1), "narrow"),
+        (set_field("n_narrow", -1), "narrow"),
+        (set_field("narrow_raw_bits", 4), "narrow"),
         (set_field("raw_bits", True), "whole numbers"),
         (set_field("min_symbol", 1), QKV),
         (set_field("min_symbol", -99), QKV),

@@ -39,7 +39,7 @@ from weights.store import WeightsFile, write_weights
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
-RECIPE_VERSION = 5
+RECIPE_VERSION = 6
 
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
 DEFAULT_BITS = 5.0

@@ -30,8 +30,8 @@ class MatrixReport:
     name: str
     n_weights: int
     shape: tuple[int, int] | None  # (rows, cols); None for a total
-    # "P/g/b/n/k": log2 of the states, weights to a group, raw bits, symbols, classes; empty for a
-    code: str  # total
+    # "P/g/b/n/k": log2 of the states, weights to a group, raw bits ("0+1": none in narrow classes,
+    code: str  # one in others), symbols, classes; empty for a total
     stored_bits: float  # per weight, everything counted in
     raw_bits: float  # per weight, among these: not entropy-coded, but stored as they are
     # Bits per weight of the integers' own histogram, the best a coder can do; of weights without
@@ -47,16 +47,17 @@ class MatrixReport:
 def describe(name: str, matrix: AnyMatrix, decoded: npt.NDArray[Any]) -> MatrixReport:
     """`decoded` (rows, cols) is what `matrix` decodes to: integers, or floats without loss."""
     if isinstance(matrix, LosslessMatrix):
-        coded, raw_bits = matrix.exponents, matrix.field_bits
+        coded, raw_bits = matrix.exponents, float(matrix.field_bits)
         entropy = raw_bits + _entropy(exponent_fields(decoded))
     else:
-        coded, raw_bits = matrix, matrix.raw_bits
+        coded, raw_bits = matrix, float(matrix.row_raw_bits.mean())
         entropy = _entropy(decoded)
+    raw = f"{coded.narrow_raw_bits}+{coded.raw_bits}" if coded.n_narrow else f"{raw_bits:g}"
     return MatrixReport(
         name=name,
         n_weights=matrix.n_weights,
         shape=(matrix.rows, matrix.cols),
-        code=f"{coded.log2_states}/{coded.group}/{raw_bits}/{coded.n_symbols}/{coded.n_classes}",
+        code=f"{coded.log2_states}/{coded.group}/{raw}/{coded.n_symbols}/{coded.n_classes}",
         stored_bits=matrix.bits_per_weight,
         raw_bits=raw_bits,
         entropy=entropy,
@@ -122,12 +123,12 @@ def format_table(reports: list[MatrixReport]) -> str:
     """One line per matrix, then the totals; rates in bits per weight."""
     head = "rows x cols", "P/g/b/n/k", "stored", "raw", "entropy", "overhead", "outliers"
     lines = [
-        f"{'matrix':40}{head[0]:>14}{head[1]:>13}" + "".join(f"{word:>10}" for word in head[2:])
+        f"{'matrix':40}{head[0]:>14}{head[1]:>15}" + "".join(f"{word:>10}" for word in head[2:])
     ]
     for report in [*reports, *totals(reports)]:
         size = " x ".join(map(str, report.shape)) if report.shape else f"{report.n_weights:,}"
         lines.append(
-            f"{report.name:40}{size:>14}{report.code:>13}{report.stored_bits:10.3f}"
+            f"{report.name:40}{size:>14}{report.code:>15}{report.stored_bits:10.3f}"
             f"{report.raw_bits:10.3f}{report.entropy:10.3f}{report.overhead:10.3f}{report.n_outliers:10}"
         )
     return "\n".join(lines)
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="answer inspect",
         description="Show what a weights file holds, and check all of it.",
         epilog="P/g/b/n/k: k decode tables of 2^P states, of groups of g weights, b raw bits per "
-        "weight, n symbols. "
+        "weight, n symbols; narrow rows may have fewer raw bits, which then stand first: 0+2. "
         "Without loss, sign and mantissa are raw and symbols are exponents.",
     )
     parser.add_argument("file", help="weights file or name of a model")

@@ -35,7 +35,17 @@ class Kind:
 
 
 QUANTIZED = Kind(
-    fields=("rows", "cols", "log2_states", "n_classes", "group", "raw_bits", "min_symbol"),
+    fields=(
+        "rows",
+        "cols",
+        "log2_states",
+        "n_classes",
+        "group",
+        "raw_bits",
+        "n_narrow",
+        "narrow_raw_bits",
+        "min_symbol",
+    ),
     large={"words": "U32", "side": "U32", "outliers": "U32"},
     small={"marginals": "U16"},
 )
@@ -96,6 +106,8 @@ def join(matrix: layout.Matrix, fields: Any, parts: Mapping[str, npt.NDArray[Any
         log2_states=fields["log2_states"],
         group=2 if lossless else fields["group"],
         raw_bits=0 if lossless else fields["raw_bits"],
+        n_narrow=0 if lossless else fields["n_narrow"],
+        narrow_raw_bits=0 if lossless else fields["narrow_raw_bits"],
         min_symbol=fields["min_symbol"],
         marginals=marginals.reshape(n_classes, -1),
         classes=rows.classes,

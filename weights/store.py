@@ -32,7 +32,7 @@ from weights.container import (
 )
 
 FORMAT = "answer"
-FORMAT_VERSION = "4"
+FORMAT_VERSION = "5"
 TOKENIZER = "tokenizer.json"
 
 

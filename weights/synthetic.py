@@ -120,6 +120,8 @@ def matrix(rows: int, cols: int, bits: float) -> CodedMatrix:
         log2_states=m.log2_states,
         group=m.group,
         raw_bits=m.raw_bits,
+        n_narrow=m.n_narrow,
+        narrow_raw_bits=m.narrow_raw_bits,
         min_symbol=m.min_symbol,
         marginals=m.marginals,
         words=np.append(np.tile(words, times), rest_words),

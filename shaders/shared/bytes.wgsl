@@ -12,24 +12,33 @@ fn place_of(column: u32, byte_row: u32) -> u32 {  // of the first plane
 }
 
 // Columns begin .. end - 1, whole blocks of them, from a stream that has come there.
-fn write_bytes(s: ptr<function, Stream>, begin: u32, end: u32, byte_row: u32) {
-  let offset = (u32(params.min_symbol << symbol_shift()) & 255u) * 0x01010101u;
+fn write_bytes(s: ptr<function, Stream>, row: Row, begin: u32, end: u32, byte_row: u32) {
+  if (is_narrow(row)) {
+    write_bytes_of(s, narrow_raw_bits, begin, end, byte_row);
+  } else {
+    write_bytes_of(s, raw_bits, begin, end, byte_row);
+  }
+}
+
+fn write_bytes_of(s: ptr<function, Stream>, raw: u32, begin: u32, end: u32, byte_row: u32) {
+  let offset = (u32(params.min_symbol << symbol_shift(raw)) & 255u) * 0x01010101u;
   for (var column = begin; column < end; column += 16u) {
-    let w = decode16(s);
+    let w = decode16(s, raw);
     let at = place_of(column, byte_row);
     bytes[at] = add_bytes(w.high, offset);
     if (planes == 2u) { bytes[at + 2u * params.byte_rows] = w.low; }
   }
 }
 
-fn is_near(remainder: i32) -> bool {
-  let room = 128 >> symbol_shift();
+fn is_near(remainder: i32, shift: u32) -> bool {
+  let room = 128 >> shift;
   return params.min_symbol + remainder >= -room && params.max_symbol + remainder < room;
 }
 
 // The near outliers of those columns, once their bytes are written. A row's outliers are in the order of their columns.
 fn add_near_outliers(row: Row, begin: u32, end: u32, byte_row: u32) {
   let end_k = end_outlier(row);
+  let shift = symbol_shift(row_raw_bits(row));
   var k = row.first_outlier;
   for (var after = end_k; k < after;) {
     let middle = (k + after) / 2u;
@@ -39,10 +48,10 @@ fn add_near_outliers(row: Row, begin: u32, end: u32, byte_row: u32) {
     let column = outlier_column(outliers[k]);
     if (column >= end) { break; }
     let remainder = bitcast<i32>(outliers[k]) >> 16u;
-    if (is_near(remainder)) {
+    if (is_near(remainder, shift)) {
       let at = place_of(column, byte_row);
       let quad = (column >> 2u) & 3u;
-      let added = u32(remainder << symbol_shift()) & 255u;
+      let added = u32(remainder << shift) & 255u;
       var four = bytes[at];
       four[quad] = add_bytes(four, added << (8u * (column & 3u)))[quad];
       bytes[at] = four;

@@ -10,19 +10,22 @@ fn digits_at(token: u32, digit: u32, block: u32) -> u32 {
   return ((token * digits + digit) * params.n_blocks + block) * 2u;
 }
 
+// min_symbol << raw; raw is at most raw_bits.
+fn weight_offset(raw: u32) -> f32 { return params.offset / f32(1u << (raw_bits - raw)); }
+
 // What 32 columns of a row add to its product with a token, the row's scale apart.
-fn block_dot(a: Weights, b: Weights, token: u32, block: u32) -> f32 {
+fn block_dot(a: Weights, b: Weights, token: u32, block: u32, offset: f32) -> f32 {
   var dot = 0.0;
   for (var digit = digits; digit > 0u; digit--) {
     let at = digits_at(token, digit - 1u, block);
     dot = dot * DIGIT + f32(dot16(a, in_digits[at]) + dot16(b, in_digits[at + 1u]));
   }
-  return scaled(dot, token, block);
+  return scaled(dot, token, block, offset);
 }
 
-fn scaled(dot: f32, token: u32, block: u32) -> f32 {
+fn scaled(dot: f32, token: u32, block: u32, offset: f32) -> f32 {
   let x = in_scale[token * params.n_blocks + block];
-  return dot * x.x + params.offset * x.y;
+  return dot * x.x + offset * x.y;
 }
 
 fn dot16(w: Weights, x: vec4<u32>) -> i32 {

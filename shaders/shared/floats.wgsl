@@ -20,7 +20,7 @@ fn first_chunk(index: u32) -> u32 { return (index >> 5u) * params.row_chunks * 3
 
 // Columns 16 * group .. + 15, to which the stream must have come; outliers have wrong exponents still.
 fn decode_floats(s: ptr<function, Stream>, chunk: u32, group: u32) -> Floats {
-  let exponents = decode16(s).high;
+  let exponents = decode16(s, raw_bits).high;
   var words = group_words(chunk, group);
   return Floats(
     floats4(exponents.x, fields4(&words, 0u)),

@@ -15,21 +15,29 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   if (lane < 32u) { shares[lane / 4u][lane % 4u] = share; }
   load_table(lane, 32u * segments_per_group, first_entry(row_info[tile * 32u]));
   var sums = Sums();
-  let end = first_block(segment + 1u);
-  for (var block = first_block(segment); block < end; block++) {
-    let a = decode16(&s);
-    let b = decode16(&s);
-    for (var t = 0u; t < tokens; t++) { sums[t] += block_dot(a, b, t, block); }
+  if (is_narrow(row)) {
+    add_blocks(&sums, &s, segment, narrow_raw_bits);
+  } else {
+    add_blocks(&sums, &s, segment, raw_bits);
   }
   // The row's segments share its outliers, wherever these are.
   let end_k = end_outlier(row);
   for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
     let outlier = outliers[k];
     for (var t = 0u; t < tokens; t++) {
-      sums[t] += outlier_value(outlier) * activation(t, outlier_column(outlier));
+      sums[t] += outlier_value(outlier, row_raw_bits(row)) * activation(t, outlier_column(outlier));
     }
   }
   return sums;
+}
+
+fn add_blocks(sums: ptr<function, Sums>, s: ptr<function, Stream>, segment: u32, raw: u32) {
+  let end = first_block(segment + 1u);
+  for (var block = first_block(segment); block < end; block++) {
+    let a = decode16(s, raw);
+    let b = decode16(s, raw);
+    for (var t = 0u; t < tokens; t++) { (*sums)[t] += block_dot(a, b, t, block, weight_offset(raw)); }
+  }
 }
 
 // The row's scale and the norm's factor.

@@ -2,7 +2,7 @@
 
     python tests/golden/make_codec_words.py
 
-The format's promise: version 3 files hold exactly these words and rebuild exactly these tables. So
+The format's promise: version 5 files hold exactly these words and rebuild exactly these tables. So
 if the encoder improves, the words may be made anew, but what `tables` and `words` say must go on
 being read as `q`.
 """
@@ -41,6 +41,8 @@ def to_record(m: CodedMatrix) -> dict[str, object]:
         "log2_states": m.log2_states,
         "group": m.group,
         "raw_bits": m.raw_bits,
+        "n_narrow": m.n_narrow,
+        "narrow_raw_bits": m.narrow_raw_bits,
         "min_symbol": m.min_symbol,
         "marginals": m.marginals.tolist(),
         "classes": m.classes.tolist(),
