@@ -57,9 +57,6 @@ _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 _SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
 _OTHER_BYTES = 1024  # of workgroup memory that it needs besides
 
-_FEW_TOKENS = 8  # for more a lane of a matvec takes several rows
-_ROWS_OF_MANY = 2  # as matvec_many has it
-
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 _SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
@@ -238,14 +235,14 @@ class GpuMatrix:
             interleave=self.interleave,
         )
 
-    def _segments(self, tokens: int, tables: int = 1) -> dict[str, int]:
-        """Overrides of shaders/shared/segments.wgsl, beside so many tables in workgroup memory."""
-        segments = self.segments_per_group
-        room = self.kernels.device.workgroup_memory - tables * 4 * self.n_states - _OTHER_BYTES
-        at_once = min(tokens, segments, _SUMS_AT_ONCE, room // (4 * TILE * segments))
-        at_once = max(1, at_once)
+    def _segments(self, tokens: int) -> dict[str, int]:
+        """Overrides of shaders/shared/segments.wgsl."""
+        lanes = TILE * self.segments_per_group
+        room = self.kernels.device.workgroup_memory - 4 * self.n_states - _OTHER_BYTES
+        most = max(1, min(_SUMS_AT_ONCE, room // (4 * lanes)))
+        at_once = min(tokens, self.segments_per_group, most)
         return dict(
-            segments_per_group=segments, at_once=at_once, partials=at_once * TILE * segments
+            segments_per_group=self.segments_per_group, at_once=at_once, partials=at_once * lanes
         )
 
     @property
@@ -278,9 +275,6 @@ class GpuMatrix:
 
         `eps`: x comes from such a norm, which has left its factor to this matvec.
         """
-        if tokens > _FEW_TOKENS and not (self.floats or self.whole_rows or eps or then):
-            yield from self._matvec_many(x, y, tokens, digits)
-            return
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
         if self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
@@ -329,37 +323,6 @@ class GpuMatrix:
                 **activations,
                 y=y.buffer,
                 **after,
-            )
-
-    def _matvec_many(
-        self, x: Activations, y: Output, tokens: int, digits: int
-    ) -> Iterator[Dispatch]:
-        kernel = self.kernels.get(
-            "matvec_many",
-            tokens=tokens,
-            digits=digits,
-            table_states=_ROWS_OF_MANY * self.n_states,
-            **self._segments(tokens, _ROWS_OF_MANY),
-            **self._stream,
-            **self._overrides,
-        )
-        for part in self.parts:
-            yield kernel.dispatch(
-                [-(-part.rows // (_ROWS_OF_MANY * TILE)), self.splits],
-                dict(
-                    rows=part.rows,
-                    rows_padded=part.rows_padded,
-                    y_rows=self.rows,
-                    n_blocks=self.n_blocks,
-                    n_segments=self.n_segments,
-                    **self._params,
-                ),
-                **part.buffers,
-                table=self.table,
-                outliers=self.outliers,
-                in_digits=x.digits,
-                in_scale=x.scale,
-                y=y.buffer,
             )
 
     @property

@@ -99,12 +99,9 @@ def test_matvec_kernels_agree_bit_for_bit(
 def test_a_row_of_many_is_what_it_is_alone(
     kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, n_segments: int
 ) -> None:
-    """Bit for bit: in one pass of segments and in several, of an odd number of tiles of several
-    classes; and nothing else is written.
-    """
+    """Bit for bit, however many sums are added up at once; and nothing else is written."""
     monkeypatch.setattr(kernels.device, "software", False)
-    m, tokens = coded(rng, 130, 1030, 15.0, 12), 13
-    assert m.n_classes > 1
+    m, tokens = coded(rng, 50, 1030, 15.0, 12), 13
     gpu = GpuMatrix(kernels, "w", m, n_segments=n_segments)
     a, _ = digit_activations(rng, kernels.device, tokens, 1, m.cols)
     size = 32 * gpu.n_blocks
@@ -113,7 +110,6 @@ def test_a_row_of_many_is_what_it_is_alone(
     y = gpu.output("y", tokens + 1)
     kernels.device.write(y.buffer, np.full(y.buffer.size // 4, np.nan, np.float32))
     plan = Plan(gpu.matvec(a, y, tokens=tokens, digits=1))
-    assert {d.kernel.name for d in plan.dispatches} == {"matvec_many"}
     run(kernels.device, plan)
     got = kernels.device.read(y.buffer, np.float32, (y.splits * (tokens + 1) * m.rows,))
     assert np.isnan(got[y.splits * tokens * m.rows :]).all()
