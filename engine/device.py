@@ -78,6 +78,7 @@ class Device:
     `allocated_bytes` counts every buffer made here and not destroyed.
     """
 
+    @uninterrupted()
     def __init__(self, adapter: Any) -> None:
         self.adapter = adapter
         self.name = adapter_name(adapter)

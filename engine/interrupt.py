@@ -13,10 +13,10 @@ from typing import Any
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C inside takes effect at the end.
 
-    For what makes objects of the GPU: from within such a call Python raises once it is over, and
-    what it has made is then nobody's; it would never be freed, nor the device that it belongs to.
-    Commands that are recorded and not submitted keep all that they use. And Python's own locks
-    may stay locked where an exception meets them (threading.Condition.__enter__).
+    For what makes objects of the GPU, a device first of all: from within such a call Python raises
+    once it is over, and what it has made is then nobody's; it would never be freed, nor the device
+    that it belongs to. Commands that are recorded and not submitted keep all that they use. And
+    Python's locks may stay locked where an exception meets them (threading.Condition.__enter__).
     """
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
