@@ -3,7 +3,7 @@
 They join and leave between steps. A step is a pass of rows, one for the next token of each sequence
 (model/rows.py). Of newcomers' prompts all but the last token is read before, by passes for prompts
 where they are long, or as rows besides the others'. As long as nobody joins, leaves or needs the
-host, several steps are submitted at once, and the next ones before these have come back.
+host, fast steps are submitted several at once, and the next ones before these have come back.
 (Continuous batching: Yu et al. 2022, Orca.)
 """
 
