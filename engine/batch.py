@@ -9,6 +9,7 @@ host, several steps are submitted at once, and the next ones before these have c
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 Choose = Callable[[npt.NDArray[np.float32]], int]  # logits (vocab_size,) to the next token
 
 _PROMPT_TOKENS = 512  # that a step reads before its rows: the others wait for them
-_STEPS_PER_SUBMIT = 4
+# Of work that a submit brings: enough to hide what it costs, and no more, for whoever joins or
+# leaves waits for it.
+_SUBMIT_SECONDS, _STEPS_PER_SUBMIT = 0.008, 4
 
 
 @dataclass(eq=False)
@@ -92,6 +95,8 @@ class Batch:
         self._chained = False  # the rows on the GPU are those that run, and continue by themselves
         self._tables_written = False
         self._n_steps = 0  # submitted since the rows were written
+        self._step_seconds = float("inf")  # of the last steps that the GPU did without a pause
+        self._collected: float | None = None  # when it began the next ones, if it had them by then
         engine._batch = self
 
     def _allocate(self, max_sequences: int, matvec_rows: int) -> None:
@@ -228,7 +233,9 @@ class Batch:
     def _chained_steps(self) -> list[tuple[Sequence, int]]:
         """Each row's token is its next input, on the GPU: the host is not waited for."""
         engine = self._engine
-        most = 1 if engine.device.software else _STEPS_PER_SUBMIT
+        most = 1
+        if not engine.device.software:
+            most = min(int(_SUBMIT_SECONDS / self._step_seconds) + 1, _STEPS_PER_SUBMIT)
         while len(self._pending) <= engine._submits_ahead:
             under_way = sum(len(submitted.steps) for submitted in self._pending)
             left = min(s.max_tokens - len(s.tokens) for s in self._running) - under_way
@@ -357,8 +364,12 @@ class Batch:
                 logits = iter(values[: n_choosing * vocab_size].reshape(-1, vocab_size))
         except BaseException:  # Ctrl-C, for one: what is under way will be done again
             self._pending.clear()
-            self._chained = False
+            self._chained, self._collected = False, None
             raise
+        now = time.perf_counter()
+        if self._collected is not None:
+            self._step_seconds = (now - self._collected) / len(submitted.steps)
+        self._collected = now if self._pending else None
         tokens = []
         for step in submitted.steps:
             for row, sequence in enumerate(submitted.drawn):

@@ -1,8 +1,9 @@
 """How fast several sequences run at once: generated tokens of all of them together.
 
-Part of `answer bench` (--batch). Each row has as many sequences as it says, which begin with
-different random prompts and run from the first to the last token together. Beside the speed stands
-what a step of all takes, and what of that is the GPU's.
+Part of `answer bench` (--batch). Each row has as many sequences as it says, which begin with a
+random token each and run side by side from their first token to their last: the clock runs from
+when they have the first, and none joins or leaves meanwhile. Beside the speed stands what a step of
+all takes, and what of that is the GPU's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from engine.errors import EngineError
 from engine.generate import Engine
 from model.kv_cache import BLOCK
 
-_PROMPT = 16  # tokens
+_PROMPT = 1  # tokens: all are read in one step
 _WARM_UP_SECONDS = 0.5
 
 
@@ -85,7 +86,7 @@ def bench_batch(
 
 
 def _run(engine: Engine, batch: Batch, rng: np.random.Generator, n: int, n_tokens: int) -> float:
-    """Tokens a second, from when all have their first one."""
+    """Tokens a second, from when all have their first one to the end of all, which is the same."""
     prompts = rng.integers(0, engine.config.vocab_size, (n, _PROMPT)).tolist()
     sequences = [batch.add(prompt, max_tokens=n_tokens, stop_ids=()) for prompt in prompts]
     while not all(sequence.tokens for sequence in sequences):

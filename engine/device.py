@@ -6,6 +6,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ class Device:
         except Exception as error:  # wgpu raises RuntimeError and GPUError alike
             raise DeviceError(f"{self.name}: cannot be opened: {error}") from error
         self.queue = self.wgpu.queue
+        # A driver takes 50 to 100 ms for a kernel on an H100's host, and a model has a hundred.
+        threads = min(8, max(2, os.cpu_count() or 1))
+        self.compilers = ThreadPoolExecutor(threads, "compiler")
         # An offset of 4 GiB no longer fits the u32 bit positions of a row: 2^32 bits are 512 MiB.
         self.max_binding_bytes = min(
             limits["max-storage-buffer-binding-size"], limits["max-buffer-size"], 1 << 29

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -33,6 +34,7 @@ from weights.cache import resolve
 from weights.store import WeightsFile
 
 DEFAULT_CONTEXT = 4096
+_STEP, _STEPS = 1, 0  # kinds of recorded passes, besides checks: a single step, a submit's worth
 
 
 __all__ = ["Engine", "Generation", "Memory", "Stats"]
@@ -116,10 +118,12 @@ class Engine:
         self._tokens_ahead = 0 if device.software else 512
         self._readbacks = [Readback(device, f"readback.{i}", 4 * RING + 4) for i in range(2)]
         # To record a pass takes the host as long as a fast GPU takes to run it. So threads do it
-        # beforehand (most of it is in the library, outside Python's lock), and a check is followed
-        # at once by whatever its outcome calls for. Commands of a single step are under 1, of a
-        # check under its tokens.
+        # beforehand, and a check is followed at once by whatever its outcome calls for. One holds
+        # Python's lock, on and off, for the first half of its work: the other must not want it too.
+        self._passes = {n: [*plans] for n, plans in self._check_pass.items()}
+        self._passes |= {_STEP: [*self._step], _STEPS: [*self._step] * self._tokens_per_submit}
         self._recorders = None if device.software else ThreadPoolExecutor(2, "recorder")
+        self._encoding = Lock()
         self._recorded: defaultdict[int, deque[Future[Any]]] = defaultdict(deque)
         self._allocated_bytes = device.allocated_bytes - before
         self._cached: list[int] = []  # the tokens at positions 0, 1, ... of the cache
@@ -131,6 +135,7 @@ class Engine:
         self._draft_chance = Chance(1.2)
         if draft is not None:
             self._draft = Engine(draft, device, exact=exact, context=draft_context, cache=cache)
+        self._model.kernels.wait()
 
     @classmethod
     def open(
@@ -386,29 +391,32 @@ class Engine:
         return readback
 
     def _submit_steps(self, n_steps: int) -> Readback:
-        return self._submit_recorded(1, n_steps, self._tokens_per_submit)
+        if n_steps == self._tokens_per_submit:
+            return self._submit_recorded(_STEPS)
+        return self._submit_recorded(_STEP, n_steps, self._tokens_per_submit // 2)
 
     @uninterrupted()
-    def _submit_recorded(self, n: int, times: int, stock: int) -> Readback:
-        """Queue a check of the n tokens in the state, or `times` single steps, and have `stock` of
-        the same recorded for the next time.
+    def _submit_recorded(self, kind: int, times: int = 1, stock: int = 1) -> Readback:
+        """Queue a check of `kind` tokens in the state, or `times` single steps or _STEPS, and have
+        `stock` of the same recorded for the next time.
         """
         if self._recorders is None:
-            return self._finish(*(self._record(n) for _ in range(times)))
-        recorded = self._recorded[n]
-        self._have_recorded(n, times)
+            return self._finish(*(self._record(kind) for _ in range(times)))
+        recorded = self._recorded[kind]
+        self._have_recorded(kind, times)
         readback = self._finish(*(recorded.popleft().result() for _ in range(times)))
-        self._have_recorded(n, stock)
+        self._have_recorded(kind, stock)
         return readback
 
-    def _have_recorded(self, n: int, count: int) -> None:
+    def _have_recorded(self, kind: int, count: int) -> None:
         assert self._recorders is not None
-        for _ in range(len(self._recorded[n]), count):
-            self._recorded[n].append(self._recorders.submit(self._record, n))
+        for _ in range(len(self._recorded[kind]), count):
+            self._recorded[kind].append(self._recorders.submit(self._record, kind))
 
-    def _record(self, n: int) -> Any:
+    def _record(self, kind: int) -> Any:
         encoder = self.device.wgpu.create_command_encoder()
-        encode(encoder, self._step if n == 1 else self._check_pass[n])
+        with self._encoding:
+            encode(encoder, self._passes[kind])
         return encoder.finish()
 
     def _submit_check(
@@ -419,7 +427,7 @@ class Engine:
         if draft.source == LOOKUP:
             tokens = [token, *self._lookup.draft(n - 1)]
             self._model.write_state(pos, tokens, sampling.seed, n_sampled)
-            return self._submit_recorded(n, 1, 1)
+            return self._submit_recorded(n)
         assert self._draft is not None
         if self._draft._cached != self._cached:
             self._draft._read_prompt(self._cached, sampling, draw=False)

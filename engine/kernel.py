@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -70,7 +71,10 @@ class Dispatch:
 
 
 class Kernel:
-    """A compiled shader with its overrides fixed, and those of its params that are `constants`."""
+    """A shader with its overrides fixed, and those of its params that are `constants`.
+
+    It is compiled from its first dispatch on, by a thread of its device: many are at once.
+    """
 
     @uninterrupted()
     def __init__(
@@ -88,9 +92,9 @@ class Kernel:
         self._of_constants: dict[tuple[tuple[str, int | float], ...], Kernel] = {}
         params = _PARAMS.search(code)
         self.params = _FIELD.findall(re.sub("//.*", "", params[1])) if params else []
-        code = _with_constants(code, self._constants, self.params)
-        self.bindings = {m[3]: (int(m[1]), m[2]) for m in _BINDING.finditer(code)}
-        _same_names(f"{name}: overrides", overrides, _OVERRIDE.findall(code))
+        self._code = _with_constants(code, self._constants, self.params)
+        self.bindings = {m[3]: (int(m[1]), m[2]) for m in _BINDING.finditer(self._code)}
+        _same_names(f"{name}: overrides", overrides, _OVERRIDE.findall(self._code))
         self.layout = device.wgpu.create_bind_group_layout(
             label=name,
             entries=[
@@ -102,15 +106,32 @@ class Kernel:
                 for i, kind in self.bindings.values()
             ],
         )
-        self.pipeline = device.wgpu.create_compute_pipeline(
+        self._pipeline: Future[Any] | None = None
+
+    def _compile(self) -> Any:
+        device, name = self.device, self.name
+        return device.wgpu.create_compute_pipeline(
             label=name,
             layout=device.wgpu.create_pipeline_layout(label=name, bind_group_layouts=[self.layout]),
             compute={
-                "module": device.shader_module(name, code),
+                "module": device.shader_module(name, self._code),
                 "entry_point": "main",
-                "constants": overrides,
+                "constants": self.overrides,
             },
         )
+
+    @property
+    def pipeline(self) -> Any:
+        """Of a kernel that has dispatches: waits until it is compiled, raises what is wrong."""
+        assert self._pipeline is not None
+        with uninterrupted():
+            return self._pipeline.result()
+
+    def wait(self) -> None:
+        """Until all that is dispatched of it is compiled."""
+        for kernel in (self, *self._of_constants.values()):
+            if kernel._pipeline is not None:
+                _ = kernel.pipeline
 
     @uninterrupted()
     def dispatch(
@@ -148,6 +169,8 @@ class Kernel:
                 for key, given in buffers.items()
             ],
         )
+        if self._pipeline is None:
+            self._pipeline = self.device.compilers.submit(self._compile)
         x, y, z = (*workgroups, 1, 1)[:3]
         matrix = _range(buffers["words"])[0].label if "words" in buffers else ""
         return Dispatch(self, group, (x, y, z), matrix)
@@ -170,6 +193,11 @@ class Kernels:
         if key not in self._made:
             self._made[key] = Kernel(self.device, name, None, **overrides)
         return self._made[key]
+
+    def wait(self) -> None:
+        """Until all that have dispatches are compiled; raises what is wrong with one."""
+        for kernel in self._made.values():
+            kernel.wait()
 
 
 def _with_constants(

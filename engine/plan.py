@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,22 +25,32 @@ class Plan:
 
     def __init__(self, dispatches: Iterable[Dispatch]) -> None:
         self.dispatches = list(dispatches)  # keeps pipelines and bind groups alive
-        lib, null = _api.lib, _api.ffi.NULL
-        self._calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    @cached_property
+    def _launches(self) -> list[tuple[Any, ...]]:
+        """Of each its pipeline, None if it is the one before's, its bind group, its workgroups.
+
+        Made for the first replay, until when its kernels, and other plans', may be compiled.
+        """
+        launches: list[tuple[Any, ...]] = []
         previous = None
         for d in self.dispatches:
             pipeline = d.kernel.pipeline
-            if pipeline is not previous:
-                self._calls.append((lib.wgpuComputePassEncoderSetPipeline, (pipeline._internal,)))
-                previous = pipeline
-            group = (0, d.bind_group._internal, 0, null)
-            self._calls.append((lib.wgpuComputePassEncoderSetBindGroup, group))
-            self._calls.append((lib.wgpuComputePassEncoderDispatchWorkgroups, d.workgroups))
+            handle = None if pipeline is previous else pipeline._internal
+            launches.append((handle, d.bind_group._internal, *d.workgroups))
+            previous = pipeline
+        return launches
 
     def replay(self, compute_pass: Any) -> None:
-        handle = compute_pass._internal
-        for function, arguments in self._calls:
-            function(handle, *arguments)
+        handle, null, lib = compute_pass._internal, _api.ffi.NULL, _api.lib
+        set_pipeline = lib.wgpuComputePassEncoderSetPipeline
+        set_bind_group = lib.wgpuComputePassEncoderSetBindGroup
+        dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups
+        for pipeline, bind_group, x, y, z in self._launches:
+            if pipeline is not None:
+                set_pipeline(handle, pipeline)
+            set_bind_group(handle, 0, bind_group, 0, null)
+            dispatch(handle, x, y, z)
 
 
 def encode(encoder: Any, plans: Sequence[Plan], timestamps: Any = None) -> None:

@@ -54,6 +54,9 @@ _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
+_SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
+_OTHER_BYTES = 1024  # of workgroup memory that it needs besides
+
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 _SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
@@ -232,6 +235,16 @@ class GpuMatrix:
             interleave=self.interleave,
         )
 
+    def _segments(self, tokens: int) -> dict[str, int]:
+        """Overrides of shaders/shared/segments.wgsl."""
+        lanes = TILE * self.segments_per_group
+        room = self.kernels.device.workgroup_memory - 4 * self.n_states - _OTHER_BYTES
+        most = max(1, min(_SUMS_AT_ONCE, room // (4 * lanes)))
+        at_once = min(tokens, self.segments_per_group, most)
+        return dict(
+            segments_per_group=self.segments_per_group, at_once=at_once, partials=at_once * lanes
+        )
+
     @property
     def read_bytes(self) -> int:
         """Bytes that one matvec reads of the matrix."""
@@ -272,7 +285,7 @@ class GpuMatrix:
         if self.whole_rows:
             name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
         else:
-            overrides |= dict(segments_per_group=self.segments_per_group, partials=lanes)
+            overrides |= self._segments(tokens)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(

@@ -44,7 +44,7 @@ fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocatio
   let chunk = first_chunk(index);
   let entry = entries[segment * params.rows_padded + index];
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  load_table(lane, partials, first_entry(row_info[group.x * 32u]));
+  load_table(lane, 32u * segments_per_group, first_entry(row_info[group.x * 32u]));
   var sums = Sums();
   let end = 2u * first_block(segment + 1u);
   for (var column_group = 2u * first_block(segment); column_group < end; column_group++) {

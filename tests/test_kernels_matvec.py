@@ -95,6 +95,32 @@ def test_matvec_kernels_agree_bit_for_bit(
     assert (results[0] == results[1]).all()
 
 
+@pytest.mark.parametrize("n_segments", [1, 11, 24])
+def test_a_row_of_many_is_what_it_is_alone(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, n_segments: int
+) -> None:
+    """Bit for bit, however many sums are added up at once; and nothing else is written."""
+    monkeypatch.setattr(kernels.device, "software", False)
+    m, tokens = coded(rng, 50, 1030, 15.0, 12), 13
+    gpu = GpuMatrix(kernels, "w", m, n_segments=n_segments)
+    a, _ = digit_activations(rng, kernels.device, tokens, 1, m.cols)
+    size = 32 * gpu.n_blocks
+    digits = kernels.device.read(a.digits, np.int8, (tokens, size))
+    scale = kernels.device.read(a.scale, np.float32, (tokens, gpu.n_blocks, 2))
+    y = gpu.output("y", tokens + 1)
+    kernels.device.write(y.buffer, np.full(y.buffer.size // 4, np.nan, np.float32))
+    plan = Plan(gpu.matvec(a, y, tokens=tokens, digits=1))
+    run(kernels.device, plan)
+    got = kernels.device.read(y.buffer, np.float32, (y.splits * (tokens + 1) * m.rows,))
+    assert np.isnan(got[y.splits * tokens * m.rows :]).all()
+    together = got[: y.splits * tokens * m.rows].reshape(y.splits, tokens, m.rows)
+    for t in (0, 7, 12):
+        one = Activations(*(kernels.device.upload("of one", v[t]) for v in (digits, scale)))
+        run(kernels.device, Plan(gpu.matvec(one, y, tokens=1, digits=1)))
+        alone = kernels.device.read(y.buffer, np.float32, (y.splits, m.rows))
+        assert (together[:, t] == alone).all()
+
+
 @pytest.mark.parametrize("whole_rows", [True, False])
 @pytest.mark.parametrize("matrix", [m for m in MATRICES if m[2] < 3])
 def test_whole_numbers_come_out_exactly(

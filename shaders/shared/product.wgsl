@@ -13,7 +13,7 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   // The stream is on its way before the table, which all must wait for.
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
   if (lane < 32u) { shares[lane / 4u][lane % 4u] = share; }
-  load_table(lane, partials, first_entry(row_info[tile * 32u]));
+  load_table(lane, 32u * segments_per_group, first_entry(row_info[tile * 32u]));
   var sums = Sums();
   if (is_narrow(row)) {
     add_blocks(&sums, &s, segment, narrow_raw_bits);
