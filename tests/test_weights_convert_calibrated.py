@@ -134,7 +134,7 @@ def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
     source = source_of(tmp_path, WIDE, lively(WIDE))
     convert(source, tmp_path / "out", 4, text=SAMPLED, sparsity=0.4)
     file = WeightsFile.open(tmp_path / "out")
-    assert file.bits_per_weight(block_only=False) == pytest.approx(4, abs=0.02)
+    assert file.bits_per_weight(block_only=False) == pytest.approx(4, abs=0.03)
     for matrix in layout.matrices(WIDE):
         zero = np.mean(decode_matrix(file.matrix(matrix.name)) == 0)
         # At 4 bits, steps are about a third of a row's root mean square: an eighth is zero anyway.

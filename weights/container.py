@@ -199,8 +199,7 @@ class ContainerWriter:
 def check_place(path: Path) -> None:
     """Now rather than after hours of work: WeightsError where `replacing` would fail."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())):
             pass
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
