@@ -413,7 +413,7 @@ def test_evaluate_says_what_is_wrong_in_one_line(
         (other, text, ["--window", "8"], "vocabulary of 101, not of 97 as the model"),
         (model, text, ["--bits", "4,5"], "its bits are fixed"),
         (model, text, ["--plot", "x.pdf"], "x.pdf: expected a name that ends in .png or .svg"),
-        (model, text, ["--plot", str(binary / "x.png")], r"x.png: cannot be written \(File exists"),
+        (model, text, ["--plot", str(binary / "x.png")], r"x.png: cannot be written \(Not a dir"),
         (model, text, ["--plot", str(tmp_path / "d.png")], r"d.png: cannot be written \(Is a dir"),
     ):
         (tmp_path / "d.png").mkdir(exist_ok=True)
