@@ -109,7 +109,6 @@ class Engine:
         )
         layers, heads = self._model.layers, self._model.heads
         self._step = layers[1], self._model.last_head[1], self._sampler.plan
-        self._check_pass = {n: (layers[n], heads[n], self._sampler.check[n]) for n in CHECK_TOKENS}
         # A fast GPU is kept busy by several tokens a submit and one submit ahead; on a software
         # adapter a token takes so long that this would only delay it.
         self._tokens_per_submit = 1 if device.software else 8
@@ -120,8 +119,10 @@ class Engine:
         # To record a pass takes the host as long as a fast GPU takes to run it. So threads do it
         # beforehand, and a check is followed at once by whatever its outcome calls for. One holds
         # Python's lock, on and off, for the first half of its work: the other must not want it too.
-        self._passes = {n: [*plans] for n, plans in self._check_pass.items()}
-        self._passes |= {_STEP: [*self._step], _STEPS: [*self._step] * self._tokens_per_submit}
+        self._passes: dict[int, tuple[Plan, ...]] = {
+            n: (layers[n], heads[n], self._sampler.check[n]) for n in CHECK_TOKENS
+        }
+        self._passes |= {_STEP: self._step, _STEPS: self._step * self._tokens_per_submit}
         self._recorders = None if device.software else ThreadPoolExecutor(2, "recorder")
         self._encoding = Lock()
         self._recorded: defaultdict[int, deque[Future[Any]]] = defaultdict(deque)
@@ -443,7 +444,7 @@ class Engine:
             encoder.copy_buffer_to_buffer(
                 self._draft._sampler.sampled, 0, self._model.state, 4 * 5, 4 * (n - 1)
             )
-            encode(encoder, self._check_pass[n])
+            encode(encoder, self._passes[n])
             return self._finish(encoder.finish())
 
 

@@ -297,14 +297,11 @@ class GpuMatrix:
                 after["squares"] = x.squares or x.scale
             if not self.whole_rows:
                 params["rows_padded"] = part.rows_padded
-            kernel = self.kernels.get(name, **overrides)
-            if then:
+            if not then:
+                kernel = self.kernels.get(name, **overrides)
+            else:
                 kernel = self.kernels.get(
-                    f"{name}_then",
-                    gated=then.gated,
-                    splits=y.splits,
-                    lanes=lanes,
-                    **overrides,
+                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
                 )
                 params["dim"] = then.dim
                 after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)

@@ -13,8 +13,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -106,7 +108,7 @@ def matrix(rows: int, cols: int, bits: float) -> CodedMatrix:
     row_offsets = np.concatenate([[0], ends.ravel(), last])
     words = m.words[: m.row_offsets[n] // 32]
     rest_words = m.words[: -(-m.row_offsets[rest] // 32)]
-    repeated = {
+    repeated: dict[str, Any] = {
         name: np.append(np.tile(values[:n], times), values[:rest])
         for name, values in (
             ("states", m.states),
@@ -114,16 +116,9 @@ def matrix(rows: int, cols: int, bits: float) -> CodedMatrix:
             ("scale_log2", m.scale_log2),
         )
     }
-    return CodedMatrix(
+    return replace(
+        m,
         rows=rows,
-        cols=cols,
-        log2_states=m.log2_states,
-        group=m.group,
-        raw_bits=m.raw_bits,
-        n_narrow=m.n_narrow,
-        narrow_raw_bits=m.narrow_raw_bits,
-        min_symbol=m.min_symbol,
-        marginals=m.marginals,
         words=np.append(np.tile(words, times), rest_words),
         row_offsets=row_offsets,
         outlier_offsets=np.append(0, np.cumsum(counts)).astype(np.uint32),
