@@ -1,21 +1,23 @@
-"""A source model to a weights file: calibrate, quantize, encode, verify, write.
+"""A source model to a weights file: calibrate, quantize, encode, verify, tune norms, write.
 
 Two passes over the source, matrix by matrix: histograms, from which the step constants follow for
 the asked rates; then the code itself. Memory holds a few matrices at a time, never the model, but
-for the sampling of calibration text. Without loss there is nothing to measure, and the second pass
-is all.
+for the sampling of calibration text and, where it fits, for the tuning. Without loss there is
+nothing to measure, and the second pass is all.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
@@ -30,17 +32,19 @@ from weights.calibration.calibration import Calibration, calibrate, own_text
 from weights.calibration.text import read_windows
 from weights.container import check_place
 from weights.folder import cache_folder
-from weights.inspect import MatrixReport, describe, format_file
+from weights.inspect import MatrixReport, describe, describe_file, format_file
 from weights.parallel import in_processes, matrix_bytes, memory_bytes
 from weights.quantizers import Plain, Quantizer, Whitened, code, measure, read_fused
 from weights.rates import check_rates, find_constants
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
+from weights.tune import forget_tuning, tune_norms
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
 RECIPE_VERSION = 6
 
+R = TypeVar("R")
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
 DEFAULT_BITS = 5.0
 # 12 saves 0.01 bit and costs up to half the speed: its table crowds out workgroups.
@@ -56,9 +60,10 @@ class CalibrationText:
     tokens: int
     file: Path | None = None
     window: int = 256  # tokens that see each other
+    tuning_steps: int = 0  # of the norms, on the same text; see weights/tune.py
 
 
-FULL = CalibrationText(16384)
+FULL = CalibrationText(16384, tuning_steps=20)
 # As good as in windows of 256, and written in fewer steps.
 QUICK = CalibrationText(4096, window=128)
 
@@ -84,7 +89,7 @@ def convert(
     A share `sparsity` of the blocks' weights is set to zero first, which needs a calibration.
     With "lossless" every weight stays the float32 that the source gives, bit for bit. `progress`
     shows a bar on a terminal. A calibration is removed when the file is there, unless
-    `keep_calibration`; one that was stopped, or is still there, is carried on.
+    `keep_calibration`; one that was stopped, or is still there, is carried on, and so is a tuning.
     WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written;
     EngineError: a calibration text that cannot be used.
     """
@@ -100,61 +105,107 @@ def convert(
     if sparsity and text.tokens == 0:
         raise WeightsError(_SPARSITY_NEEDS)
     check_place(Path(out))
-    matrices = layout.matrices(source.config)
-    each = partial(in_processes, size=lambda matrix: matrix_bytes(matrix.rows, matrix.cols))
     bar = Progress(console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
     # A core works on its own matrix: products that are threaded too would wait for others.
     with bar, threadpool_limits(1, "blas"):
-        calibration = None
         if bits == "lossless":
-            quantizer: Quantizer = Plain(source)
-            encode: Encode = partial(_encode_lossless, source, log2_states)
-        else:
-            calibration = _calibration(source, text, bar)
-            quantizer = Plain(source)
-            if calibration is None and sparsity:
-                raise WeightsError(_SPARSITY_NEEDS)
-            if calibration:
-                quantizer = Whitened(source, calibration, sparsity)
-            measured = bar.track(
-                each(partial(measure, quantizer), matrices),
-                total=len(matrices),
-                description="measuring",
-            )
-            constants = find_constants(
-                quantizer, matrices, list(measured), bits, embed_bits, log2_states
-            )
-            encode = partial(_encode, quantizer, constants, log2_states)
-        encoded = bar.track(each(encode, matrices), total=len(matrices), description="encoding")
-        reports: list[MatrixReport] = []
-
-        def reported() -> Iterator[tuple[str, AnyMatrix]]:
-            for coded, report in encoded:
-                reports.append(report)
-                yield report.name, coded
-
-        write_weights(
-            out,
-            config=source.config,
-            matrices=reported(),
-            vectors={name: quantizer.vector(name) for name in layout.vectors(source.config)},
-            tokenizer_json=source.tokenizer_json,
-            chat_template=source.chat_template,
-            source=source.name,
+            encode = partial(_encode_lossless, source, log2_states)
+            return _write(source, Path(out), Plain(source), encode, bar)
+        calibration = _calibration(source, text, bar)
+        if calibration is None and sparsity:
+            raise WeightsError(_SPARSITY_NEEDS)
+        quantize = partial(
+            _quantize, source, calibration, bits, embed_bits, log2_states, sparsity, bar
         )
+        if calibration is None or text.tuning_steps < 1:
+            reports = quantize(Path(out))
+        else:
+            rates = f"{bits:g}-{embed_bits}-{sparsity:g}-{log2_states}-v{RECIPE_VERSION}"
+            untuned = calibration.folder / f"untuned-{rates}.safetensors"
+            reports = [] if untuned.is_file() else quantize(untuned)
+            file = WeightsFile.open(untuned)
+            vectors = tune_norms(
+                source, file, calibration, text.tuning_steps, _shown(bar, "tuning norms")
+            )
+            _write_file(
+                source,
+                Path(out),
+                ((name, file.matrix(name)) for name in file.matrix_names),
+                vectors,
+            )
+            reports = reports or describe_file(file)
+            forget_tuning(file, calibration)
+            untuned.unlink()
     if calibration and not keep_calibration:
         calibration.remove()
     return reports
 
 
+def _quantize(
+    source: Source,
+    calibration: Calibration | None,
+    bits: float,
+    embed_bits: float | None,
+    log2_states: int,
+    sparsity: float,
+    bar: Progress,
+    out: Path,
+) -> list[MatrixReport]:
+    quantizer: Quantizer = Whitened(source, calibration, sparsity) if calibration else Plain(source)
+    matrices = layout.matrices(source.config)
+    measured = bar.track(
+        _each(partial(measure, quantizer), matrices), total=len(matrices), description="measuring"
+    )
+    constants = find_constants(quantizer, matrices, list(measured), bits, embed_bits, log2_states)
+    return _write(source, out, quantizer, partial(_encode, quantizer, constants, log2_states), bar)
+
+
+def _write(
+    source: Source, out: Path, quantizer: Quantizer, encode: Encode, bar: Progress
+) -> list[MatrixReport]:
+    matrices = layout.matrices(source.config)
+    encoded = bar.track(_each(encode, matrices), total=len(matrices), description="encoding")
+    reports: list[MatrixReport] = []
+
+    def reported() -> Iterator[tuple[str, AnyMatrix]]:
+        for coded, report in encoded:
+            reports.append(report)
+            yield report.name, coded
+
+    vectors = {name: quantizer.vector(name) for name in layout.vectors(source.config)}
+    _write_file(source, out, reported(), vectors)
+    return reports
+
+
+def _write_file(
+    source: Source,
+    out: Path,
+    matrices: Iterable[tuple[str, AnyMatrix]],
+    vectors: Mapping[str, npt.NDArray[np.float32]],
+) -> None:
+    write_weights(
+        out,
+        config=source.config,
+        matrices=matrices,
+        vectors=vectors,
+        tokenizer_json=source.tokenizer_json,
+        chat_template=source.chat_template,
+        source=source.name,
+    )
+
+
+def _each(function: Callable[[layout.Matrix], R], matrices: list[layout.Matrix]) -> Iterator[R]:
+    return in_processes(function, matrices, size=lambda m: matrix_bytes(m.rows, m.cols))
+
+
+def _shown(bar: Progress, description: str) -> Callable[[int, int], None]:
+    task = bar.add_task(description)
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibration | None:
     if text.tokens == 0:
         return None
-
-    def shown(description: str) -> Callable[[int, int], None]:
-        task = bar.add_task(description)
-        return lambda done, total: bar.update(task, completed=done, total=total)
-
     if text.file is None and 4 * source.config.n_params > memory_bytes() // 2:
         print(
             f"{source.name}: not calibrated, for it would write its own text with all of its "
@@ -167,10 +218,10 @@ def _calibration(source: Source, text: CalibrationText, bar: Progress) -> Calibr
     folder = cache_folder() / "calibration"
     encode = Tokenizer(source.tokenizer_json, source.chat_template, source.config).encode
     if text.file is None:
-        tokens = own_text(source, encode, n_windows, length, folder, shown("sampling"))
+        tokens = own_text(source, encode, n_windows, length, folder, _shown(bar, "sampling"))
     else:
         tokens = read_windows(text.file, encode, n_windows, length)
-    return calibrate(source, tokens, folder, progress=shown("calibrating"))
+    return calibrate(source, tokens, folder, progress=_shown(bar, "calibrating"))
 
 
 def _encode(
@@ -246,6 +297,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="how much of it; 0 quantizes without (default %(default)s)",
     )
     parser.add_argument(
+        "--tuning-steps",
+        type=int,
+        default=FULL.tuning_steps,
+        metavar="N",
+        help="for how many steps norms are tuned on it afterwards (default %(default)s)",
+    )
+    parser.add_argument(
         "--keep-calibration",
         action="store_true",
         help="do not delete what was learnt: the next conversion of this model begins with it",
@@ -259,7 +317,9 @@ def main(arguments: list[str] | None = None) -> int:
             options.bits,
             options.embed_bits,
             options.log2_states,
-            CalibrationText(options.calibration_tokens, options.calibration),
+            CalibrationText(
+                options.calibration_tokens, options.calibration, tuning_steps=options.tuning_steps
+            ),
             options.sparsity,
             progress=not options.quiet,
             keep_calibration=options.keep_calibration,

@@ -38,8 +38,10 @@ from weights.calibration.statistics import (
 )
 from weights.sources import Source
 
-# To be raised whenever the same source and tokens give other statistics.
-RECIPE_VERSION = 3
+# To be raised whenever the same source and tokens give another calibration.
+RECIPE_VERSION = 4
+
+_RESIDUAL = "residual.npy"
 
 # numpy reads headers with Python's parser, which in Python 3.11 is not safe in threads: once in a
 # while there is a SystemError about an "AST constructor recursion depth mismatch".
@@ -53,6 +55,12 @@ class Calibration:
     """A finished calibration in its folder; statistics are read when they are asked for."""
 
     folder: Path
+    tokens: Tokens  # (n_windows, length)
+
+    @property
+    def residual(self) -> Floats:
+        """What the source's last block gives, (length, n_windows, dim); mapped."""
+        return _load_array(self.folder / _RESIDUAL)
 
     def matrix(self, name: str) -> MatrixStatistics:
         """Of a matrix of weights/layout.py; an untied embedding multiplies nothing and has none.
@@ -88,7 +96,7 @@ def calibrate(
 
     They lie in a folder of `work_dir` whose name tells source, tokens and seed; if it is there
     already, only what it lacks is computed. `seed` draws the labels of the loss.
-    Disk: one (tokens, dim) array per block on the way, half of each Hessian in the end.
+    Disk: one (tokens, dim) array per block on the way, one and half of each Hessian in the end.
     EngineError: the folder cannot be written, a file in it or the model is damaged.
     """
     n_windows, length = tokens.shape
@@ -109,7 +117,7 @@ def calibrate(
         raise EngineError(
             f"{folder}: the calibration cannot be kept there ({error.strerror or error})"
         ) from None
-    return Calibration(folder)
+    return Calibration(folder, tokens)
 
 
 def own_text(
@@ -140,15 +148,15 @@ def own_text(
 def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[int]:
     """Does what is not done yet; after each step, how many are.
 
-    State on disk: `input-i` is block i's input, and that of the head for i = n_layers; `gradient-i`
-    is dL/d(input-i). A block's result is written after the gradient that the next block needs, and
-    what led to it is deleted after the result.
+    State on disk: `input-i` is block i's input, and for i = n_layers, the head's, it is `residual`,
+    which stays; `gradient-i` is dL/d(input-i). A block's result is written after the gradient that
+    the next block needs, and what led to it is deleted after the result.
     """
     c = source.config
     head_name = layout.EMBEDDING if c.tie_embeddings else layout.HEAD
     names = [m.name for m in layout.matrices(c) if m.in_block or m.name == head_name]
     results = {folder / _result_name(name) for name in names}
-    inputs = [folder / f"input-{i}.npy" for i in range(c.n_layers + 1)]
+    inputs = [*(folder / f"input-{i}.npy" for i in range(c.n_layers)), folder / _RESIDUAL]
     gradients = [folder / f"gradient-{i}.npy" for i in range(c.n_layers + 1)]
     n_results = sum(path.exists() for path in results)
 
@@ -195,9 +203,10 @@ def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[in
         }
         _save_result(path, named)
         del layer, x, dy, dx, by_matrix, named
-        inputs[i + 1].unlink(missing_ok=True)
+        if i + 1 < c.n_layers:
+            inputs[i + 1].unlink(missing_ok=True)
         gradients[i + 1].unlink(missing_ok=True)
-    for path in (*inputs, *gradients):
+    for path in (*inputs[:-1], *gradients):
         path.unlink(missing_ok=True)
     yield 2 * c.n_layers + 1
 

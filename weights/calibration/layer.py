@@ -20,6 +20,7 @@ from model.reference import Floats, attention, cache_write, matvec, rms_norm, ro
 from weights.calibration.backward import (
     attention_backward,
     rms_norm_backward,
+    rms_norm_weight_backward,
     rope_backward,
     swiglu_backward,
 )
@@ -96,13 +97,17 @@ class Activations:
 
 @dataclass(frozen=True)
 class Gradients:
-    """dL/dy of every matrix's own output, (tokens, rows) each, and dL/dx of the block's input."""
+    """dL/dy of every matrix's own output, (tokens, rows) each, dL/dx of the block's input, and of
+    relative changes of its norms' weights, w (1 + d), dL/dd (dim,).
+    """
 
     qkv_proj: Floats  # before bias, norms and RoPE
     o_proj: Floats
     gate_up_proj: Floats
     down_proj: Floats
     x: Floats  # (tokens, dim)
+    input_norm: Floats
+    post_norm: Floats
 
 
 def activate(
@@ -168,9 +173,8 @@ def backward(c: ModelConfig, layer: Layer, a: Activations, dy: Floats) -> Gradie
     batch = a.q.shape[1] // c.n_heads
     # y = W x  =>  dL/dx = W^T dL/dy; a residual's gradient is the sum over its two ways.
     d_gate_up = swiglu_backward(a.gate_up, dy @ layer.down_proj)
-    dx_mid = dy + rms_norm_backward(
-        a.x_mid, layer.post_norm, c.norm_eps, d_gate_up @ layer.gate_up_proj
-    )
+    dxn_mid = d_gate_up @ layer.gate_up_proj
+    dx_mid = dy + rms_norm_backward(a.x_mid, layer.post_norm, c.norm_eps, dxn_mid)
 
     d_attn = (dx_mid @ layer.o_proj).reshape(a.q.shape)
     dq, dk, dv = np.empty_like(a.q), np.empty_like(a.k), np.empty_like(a.v)
@@ -192,8 +196,17 @@ def backward(c: ModelConfig, layer: Layer, a: Activations, dy: Floats) -> Gradie
     d_qkv = np.concatenate(
         [d.reshape(n, batch, -1, c.head_dim) for d in (dq, dk, dv)], axis=2
     ).reshape(len(dy), -1)
-    dx = dx_mid + rms_norm_backward(a.x, layer.input_norm, c.norm_eps, d_qkv @ layer.qkv_proj)
-    return Gradients(qkv_proj=d_qkv, o_proj=dx_mid, gate_up_proj=d_gate_up, down_proj=dy, x=dx)
+    dxn = d_qkv @ layer.qkv_proj
+    dx = dx_mid + rms_norm_backward(a.x, layer.input_norm, c.norm_eps, dxn)
+    return Gradients(
+        qkv_proj=d_qkv,
+        o_proj=dx_mid,
+        gate_up_proj=d_gate_up,
+        down_proj=dy,
+        x=dx,
+        input_norm=rms_norm_weight_backward(a.xn, dxn),
+        post_norm=rms_norm_weight_backward(a.xn_mid, dxn_mid),
+    )
 
 
 def recompute(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Activations:
