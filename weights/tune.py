@@ -169,7 +169,7 @@ class _Model:
                 dys.append(dx)
                 gradient[2 * i] += of_input_norm
                 gradient[2 * i + 1] += of_post_norm
-        return divergence, gradient
+        return divergence, gradient / (1 + change)  # from changes of what is changed already
 
     def _kept_blocks(self, n_tokens: int) -> int:
         c = self._config
