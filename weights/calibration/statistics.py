@@ -25,11 +25,11 @@ from model.reference import Floats, matvec, rms_norm
 from weights.calibration.backward import rms_norm_backward
 from weights.calibration.layer import Layer, backward, forward, recompute
 from weights.calibration.sample import draw, softmax
-from weights.parallel import in_order
+from weights.parallel import in_order, memory_bytes
 
 _TOKENS = 1024  # per chunk: large enough for fast products, small enough for the caches
 _LOGITS = 1 << 23  # per chunk of the head
-_THREADS = 4  # each with a chunk and its Hessians
+_THREADS = 4  # each with a chunk and its Hessians; more where these take little of the memory
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def forward_layer(c: ModelConfig, layer: Layer, x: Floats) -> Floats:
         part = np.ascontiguousarray(x[:, windows])
         y[:, windows] = forward(c, layer, _tokens(part), part.shape[1]).reshape(part.shape)
 
-    deque(in_order(work, _chunks(x), _THREADS), maxlen=0)
+    deque(in_order(work, _chunks(x)), maxlen=0)
     return y
 
 
@@ -74,7 +74,7 @@ def head_statistics(
 
     step = max(1, _LOGITS // len(head))
     parts = [slice(begin, begin + step) for begin in range(0, len(flat_x), step)]
-    return reduce(_Sums.merge, in_order(work, parts, _THREADS)).statistics(), dx
+    return reduce(_Sums.merge, in_order(work, parts, _threads(c.dim))).statistics(), dx
 
 
 def layer_statistics(
@@ -105,7 +105,8 @@ def layer_statistics(
     def merge(one: dict[str, _Sums], other: dict[str, _Sums]) -> dict[str, _Sums]:
         return {name: one[name].merge(other[name]) for name in one}
 
-    sums = reduce(merge, in_order(work, _chunks(x), _THREADS))
+    threads = _threads(c.dim, c.q_dim, c.dim, c.hidden_dim)
+    sums = reduce(merge, in_order(work, _chunks(x), threads))
     return {name: of_matrix.statistics() for name, of_matrix in sums.items()}, dx
 
 
@@ -139,6 +140,11 @@ class _Sums:
             hessian=self.xx / dtype.type(self.n),
             gradient=np.sqrt(self.energy / self.n).astype(dtype),
         )
+
+
+def _threads(*cols: int) -> int:
+    """At most; with as many waiting, Hessians of these sizes take an eighth of the memory."""
+    return max(_THREADS, memory_bytes() // 16 // sum(4 * n * n for n in cols))
 
 
 def _chunks(x: Floats) -> Iterator[slice]:
