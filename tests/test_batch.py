@@ -27,7 +27,7 @@ from weights.store import WeightsFile
 
 pytestmark = pytest.mark.gpu
 
-EXACT = 5e-5  # as in test_engine.py
+EXACT = 5e-5  # as in small_engine.py
 CONTEXT = 96
 SAMPLED = [
     Sampling(),

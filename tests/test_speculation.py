@@ -152,7 +152,7 @@ def test_the_rule_draws_from_the_softmax() -> None:
 
 # Whole engines
 
-EXACT = 5e-5  # as in test_engine.py
+EXACT = 5e-5  # as in small_engine.py
 CONTEXT = 200
 N_ANSWER = 50
 SAMPLED = Sampling(temperature=0.4, seed=3)
