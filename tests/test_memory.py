@@ -107,7 +107,7 @@ def test_the_plan_is_near_what_is_allocated(
     plan, found = wanted.memory(), engine.memory()
     assert plan.cache_bytes == found.cache_bytes
     # Of so small a model.
-    assert plan.scratch_bytes == pytest.approx(found.scratch_bytes, rel=0.25)
+    assert plan.scratch_bytes == pytest.approx(found.scratch_bytes, rel=0.35)
     assert plan.total_bytes == pytest.approx(found.total_bytes, rel=0.25)
 
 
