@@ -35,9 +35,8 @@ _MAX_HALF = 64  # of half_padded, there
 _WEIGHT_BYTES = 6144  # of weights and maxima, there
 _GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
 _MAX_SPLITS = 4  # of a prompt's positions
-# What is decoded at a time, at most; and what gate_up's product may take, or else it has the halves
-# of a pass's tokens in turn and is decoded for each. So decoding takes 100 MiB beside the weights and
-# the cache of an 8B model.
+# What is decoded at a time, at most; and what gate_up's product may take, or else it is decoded for
+# each half of a pass's tokens in turn. So an 8B model takes 100 MiB beside weights and cache.
 _BYTES = _GATE_UP_BYTES = 32 << 20
 _PART = 100  # launches that are submitted at once
 
