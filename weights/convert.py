@@ -30,6 +30,7 @@ from weights import layout
 from weights.bits import Bits, parse_bits
 from weights.calibration.calibration import Calibration, calibrate, own_text
 from weights.calibration.text import read_windows
+from weights.calibration.tune import forget_tuning, tune_norms
 from weights.container import check_place
 from weights.folder import cache_folder
 from weights.inspect import MatrixReport, describe, describe_file, format_file
@@ -38,7 +39,6 @@ from weights.quantizers import Plain, Quantizer, Whitened, code, measure, read_f
 from weights.rates import check_rates, find_constants
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
-from weights.tune import forget_tuning, tune_norms
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
@@ -60,7 +60,7 @@ class CalibrationText:
     tokens: int
     file: Path | None = None
     window: int = 256  # tokens that see each other
-    tuning_steps: int = 0  # of the norms, on the same text; see weights/tune.py
+    tuning_steps: int = 0  # of the norms, on the same text; see weights/calibration/tune.py
 
 
 FULL = CalibrationText(16384, tuning_steps=20)

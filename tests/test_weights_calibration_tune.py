@@ -14,8 +14,8 @@ from engine.errors import EngineError
 from model.config import ModelConfig
 from model.reference import Reference
 from weights import convert as command
-from weights import layout, tune
-from weights.calibration import Calibration, calibrate
+from weights import layout
+from weights.calibration import Calibration, calibrate, tune
 from weights.convert import CalibrationText, convert
 from weights.sources import LazyTensor, Source
 from weights.store import WeightsFile
