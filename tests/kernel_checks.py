@@ -122,6 +122,17 @@ HEADS = [
 ]
 
 
+def attention_cut(
+    heads_per_kv: int, head_dim: int, lanes: int, per_lane: int, finish: bool
+) -> dict[str, Any]:
+    """Overrides of `attention`, or without lanes of `attention_group`."""
+    if lanes:
+        return dict(lanes=lanes, per_lane=per_lane, finish=finish and lanes >= head_dim // 4)
+    quads = -(-head_dim // 8)
+    heads = -(-heads_per_kv // -(-heads_per_kv // 4))
+    return dict(lanes=min(256, 32 * quads), heads=heads, alone=2, finish=finish)
+
+
 def attend(
     kernels: Kernels,
     rows: int,
@@ -138,8 +149,13 @@ def attend(
     n_blocks = -(-n_heads * params["head_dim"] // 32)
     sizes = {key: params[key] for key in ("n_heads", "head_dim")}
     written = dict(x_digits=out.digits, x_scale=out.scale)
-    attention = kernels.get("attention", digits=3, **overrides).dispatch(
-        [n_splits, n_heads, rows],
+    name, groups = "attention", n_heads
+    if "heads" in overrides:
+        n_kv_heads = params["n_kv_heads"]
+        name = "attention_group"
+        groups = n_kv_heads * -(-n_heads // n_kv_heads // overrides["heads"])
+    attention = kernels.get(name, digits=3, **overrides).dispatch(
+        [n_splits, groups, rows],
         dict(tokens=rows, scale=params["head_dim"] ** -0.5, **params),
         partial=partial,
         arrived=kernels.device.empty("arrived", 4 * rows * n_heads),
