@@ -264,9 +264,10 @@ class Batch:
         rows: list[Row] = []
         of_rows: list[Sequence] = []
         drawn: list[Sequence | None] = []
-        spare = self._rows.most - sum(len(s._text) - s._n_read == 1 for s in self._running)
+        spare = self._rows.most - sum(len(s._text) - s._n_read <= 1 for s in self._running)
         for sequence in self._running:
-            begin, end = sequence._n_read, len(sequence._text)
+            end = len(sequence._text)
+            begin = min(sequence._n_read, end - 1)  # whose token may not have come back
             if end - begin > 1:
                 if self._is_long(sequence):
                     continue

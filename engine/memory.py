@@ -8,7 +8,7 @@ from engine.device import Device
 from engine.errors import DeviceError
 from model import prompt
 from model.kv_cache import BLOCK, KINDS, KVCache
-from model.llama import MAX_TOKENS
+from model.llama import MAX_TOKENS, attention_splits
 from weights import layout
 from weights.store import WeightsFile
 
@@ -69,13 +69,15 @@ class Wanted:
         # description of each and where it may be entered.
         tables = len(rows) * (1 << 16 if software else 1 << 13)
         on_device = stored * 21 // 20 + 48 * sum(rows) + tables
-        activations = 4 * MAX_TOKENS * (c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim))
-        rope = 4 * self.context * c.head_dim * (2 if c.unrotated_layers else 1)
-        prompts = 0
+        widths = c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim)
+        partial = c.n_heads * attention_splits(software) * (c.head_dim + 2)
+        scratch = 4 * MAX_TOKENS * (widths + partial)
+        scratch += 4 * self.context * c.head_dim * (2 if c.unrotated_layers else 1)  # RoPE
+        scratch += 16 * c.vocab_size  # where each token's row of the embedding is
         if not (self.exact or weights.lossless):
-            prompts = prompt.scratch_bytes(c, self.context, software=software)
+            scratch += prompt.scratch_bytes(c, self.context, software=software)
         cache = KVCache.size_bytes(c, self.positions, self.cache_kind)
-        return Memory(on_device, cache, activations + rope + prompts)
+        return Memory(on_device, cache, scratch)
 
     def check_room(self) -> None:
         """DeviceError, before anything is allocated, where it is known that it will not fit."""

@@ -50,6 +50,14 @@ class Activations:
             tokens,
         )
 
+    def window(self, first: int, tokens: int, cols: int) -> Activations:
+        """Of so many tokens' activations those from `first` on, a multiple of 32, for launches."""
+        n_blocks = -(-cols // BLOCK)
+        begin, count = first * n_blocks, tokens * n_blocks
+        return Activations(
+            (self.digits, begin * BLOCK, count * BLOCK), (self.scale, begin * 8, count * 8), tokens
+        )
+
 
 @dataclass(frozen=True)
 class Output:
@@ -62,7 +70,7 @@ class Output:
 @dataclass(frozen=True)
 class Step:
     """A launch of a pass of many tokens. Its workgroups along y each take `tokens_per_group`, from
-    `first_token` on and at most `max_tokens` in all; 0: it has nothing to do with tokens.
+    `first_token` on and at most `max_tokens` in all; 0: their number has nothing to do with tokens.
     """
 
     dispatch: Dispatch
@@ -78,6 +86,10 @@ class Step:
         tokens = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
         x, _, z = self.dispatch.workgroups
         return replace(self.dispatch, workgroups=(x, -(-tokens // self.tokens_per_group), z))
+
+    def window(self, first_token: int, max_tokens: int) -> Step:
+        """The launch when it has been made for a window of the pass's tokens."""
+        return replace(self, first_token=first_token, max_tokens=max_tokens)
 
 
 def uniform_tokens(n_blocks: int) -> int:

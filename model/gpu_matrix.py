@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,6 +86,16 @@ class _Part:
         """By the names that they have in the kernels."""
         found = {"words": self.words, "row_info": self.row_info, "entries": self.entries}
         return found if self.mantissas is None else {**found, "mantissas": self.mantissas}
+
+
+class _Piece(NamedTuple):
+    """Rows first_row, first_row + 1, ... of a part, and of these the columns of some segments."""
+
+    part: _Part
+    first_row: int
+    rows: int
+    segment_begin: int
+    segment_end: int
 
 
 class GpuMatrix:
@@ -344,51 +354,65 @@ class GpuMatrix:
         """y[split, t] = the split's share of W x[t], f32 (splits, whole tiles of tokens, rows), for
         many tokens: int8 activations, no floats. `few`: in tiles of 32 tokens, not of 64.
 
-        Rows are decoded to `bytes_`, as many at a time as it holds, and then multiplied.
+        As much at a time is decoded to `bytes_` as it holds, and then multiplied.
         """
-        room = bytes_.size // self._row_bytes // _BYTE_ROWS * _BYTE_ROWS
-        for part in self.parts:
-            for first_row in range(0, part.rows, room):
-                rows = min(room, part.rows - first_row)
-                params = dict(
-                    first_row=first_row,
-                    n_blocks=self.n_blocks,
-                    n_segments=self.n_segments,
-                    byte_rows=_whole_tiles(rows),
-                )
-                yield Step(self._decode(part, rows, params, bytes_))
-                inputs = dict(
-                    bytes=bytes_,
-                    row_info=part.row_info,
-                    far_outliers=self._far_outliers,
-                    y=y,
-                )
-                params |= dict(rows=rows, y_rows=self.rows)
-                if self.whole_rows:
-                    yield from self._multiply_rows(x, params, inputs)
-                else:
-                    yield self._multiply_tiles(x, params, inputs, splits, few)
+        for piece in self._pieces(bytes_.size):
+            yield Step(self._decode(piece, bytes_))
+            inputs = dict(
+                bytes=bytes_, row_info=piece.part.row_info, far_outliers=self._far_outliers, y=y
+            )
+            if self.whole_rows:
+                yield from self._multiply_rows(piece, x, inputs)
+            else:
+                yield self._multiply_tiles(piece, x, inputs, splits, few)
 
-    def _decode(self, part: _Part, rows: int, params: dict[str, int], bytes_: Any) -> Dispatch:
+    def _pieces(self, room_bytes: int) -> Iterator[_Piece]:
+        """Such that a product has rows enough, and all columns of them where that is possible."""
+        rows = room_bytes // self._row_bytes // _BYTE_ROWS * _BYTE_ROWS
+        segments = self.n_segments
+        enough = min(_whole_tiles(self.rows), _LARGE_PRODUCT_ROWS)
+        longest = self._planes * -(-self.n_blocks // self.n_segments) * BLOCK
+        most = room_bytes // (enough * longest)
+        if rows < enough and most and not self.whole_rows:
+            rows = enough
+            segments = -(-segments // -(-segments // most))  # of pieces alike
+        for part in self.parts:
+            for first_row in range(0, part.rows, rows):
+                for begin in range(0, self.n_segments, segments):
+                    end = min(begin + segments, self.n_segments)
+                    yield _Piece(part, first_row, min(rows, part.rows - first_row), begin, end)
+
+    def _params_of(self, piece: _Piece) -> dict[str, int]:
+        return dict(
+            first_row=piece.first_row,
+            n_blocks=self.n_blocks,
+            n_segments=self.n_segments,
+            byte_rows=_whole_tiles(piece.rows),
+        )
+
+    def _first_block(self, segment: int) -> int:
+        """As shaders/shared/matrix.wgsl has it."""
+        return segment * self.n_blocks // self.n_segments
+
+    def _decode(self, piece: _Piece, bytes_: Any) -> Dispatch:
+        part, begin, end = piece.part, piece.segment_begin, piece.segment_end
         overrides = dict(planes=self._planes, **self._stream, **self._overrides)
         buffers = dict(**part.buffers, table=self.table, outliers=self.outliers, bytes=bytes_)
-        params = params | self._symbols
+        params = dict(**self._params_of(piece), **self._symbols)
+        params["block_begin"] = self._first_block(begin)
         if self.whole_rows:
             kernel = self.kernels.get("decode_rows", **overrides)
-            return kernel.dispatch([-(-rows // _SOFTWARE_LANES)], params, **buffers)
+            return kernel.dispatch([-(-piece.rows // _SOFTWARE_LANES)], params, **buffers)
         group = self.segments_per_group
         overrides |= dict(segments_per_group=group, lanes=TILE * group)
-        params |= dict(rows_padded=part.rows_padded)
+        params |= dict(rows_padded=part.rows_padded, segment_begin=begin, segment_end=end)
         kernel = self.kernels.get("decode_tile", **overrides)
-        return kernel.dispatch([-(-rows // TILE), self.splits], params, **buffers)
+        return kernel.dispatch(
+            [-(-piece.rows // TILE), -(-(end - begin) // group)], params, **buffers
+        )
 
     def _multiply_tiles(
-        self,
-        x: Activations,
-        params: dict[str, int],
-        buffers: dict[str, Any],
-        splits: int,
-        few: bool,
+        self, piece: _Piece, x: Activations, buffers: dict[str, Any], splits: int, few: bool
     ) -> Step:
         token_lanes = _FEW_TOKEN_LANES if few else _TOKEN_LANES
         row_groups = 2 if self.rows >= _LARGE_PRODUCT_ROWS and not few else 1
@@ -403,8 +427,14 @@ class GpuMatrix:
             **self._raw_bits,
         )
         dispatch = kernel.dispatch(
-            [-(-params["rows"] // tile), 1, splits],
-            params,
+            [-(-piece.rows // tile), 1, splits],
+            dict(
+                **self._params_of(piece),
+                rows=piece.rows,
+                y_rows=self.rows,
+                block_begin=self._first_block(piece.segment_begin),
+                block_end=self._first_block(piece.segment_end),
+            ),
             x_digits=x.digits,
             x_scale=x.scale,
             **buffers,
@@ -412,16 +442,17 @@ class GpuMatrix:
         return Step(dispatch, 4 * token_lanes)
 
     def _multiply_rows(
-        self, x: Activations, params: dict[str, int], buffers: dict[str, Any]
+        self, piece: _Piece, x: Activations, buffers: dict[str, Any]
     ) -> Iterator[Step]:
         kernel = self.kernels.get(
             "matmul_rows", planes=self._planes, n_states=self.n_states, **self._raw_bits
         )
         window = uniform_tokens(self.n_blocks)
+        params = dict(**self._params_of(piece), rows=piece.rows, y_rows=self.rows)
         for first in range(0, x.tokens, window):
             at = first * self.n_blocks
             dispatch = kernel.dispatch(
-                [-(-params["rows"] // (_SOFTWARE_LANES * _ROWS_PER_LANE)), 1],
+                [-(-piece.rows // (_SOFTWARE_LANES * _ROWS_PER_LANE)), 1],
                 params | dict(first_token=first),
                 x_digits=(x.digits, at * BLOCK, UNIFORM_BLOCKS * BLOCK),
                 x_scale=(x.scale, at * 8, UNIFORM_BLOCKS * 8),

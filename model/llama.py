@@ -103,9 +103,7 @@ class Llama:
         self.cache = KVCache.empty(device, c, max(max_pos, cache_positions), cache)
         self.cache_bytes = device.allocated_bytes - before
 
-        # On a software adapter every workgroup costs, and a few fill the cores; on a GPU splits
-        # fill it.
-        self.attention_splits = 1 if device.software else 16
+        self.attention_splits = attention_splits(device.software)
         # A vector's worth on a CPU: of workgroups of 64 that wait for each other in a loop llvmpipe
         # (Mesa 22.3) lost 0.4 MB a launch.
         self.lanes = 8 if device.software else 512 if c.dim >= 2048 else 256
@@ -281,6 +279,13 @@ class Llama:
     def _then_swiglu(self) -> Then:
         # x and the weight have no meaning
         return Then(True, self.config.hidden_dim, self.x, self.norm, self.h, self.arrived)
+
+
+def attention_splits(software: bool) -> int:
+    """On a software adapter every workgroup costs, and a few fill the cores; a GPU is filled by
+    splits.
+    """
+    return 1 if software else 16
 
 
 def rope_table(

@@ -22,7 +22,7 @@ from model.kv_cache import BLOCK, half_padded
 from weights import layout
 
 if TYPE_CHECKING:
-    from model.llama import Llama
+    from model.llama import Layer, Llama
 
 # Tokens of one pass. A software adapter needs a second for its, and Ctrl-C waits for it.
 MAX_CHUNK, SOFTWARE_CHUNK = 512, 64
@@ -35,7 +35,9 @@ _MAX_HALF = 64  # of half_padded, there
 _WEIGHT_BYTES = 6144  # of weights and maxima, there
 _GROUPS_WANTED = 512  # workgroups of attention, for some of them on every multiprocessor
 _MAX_SPLITS = 4  # of a prompt's positions
-_BYTES = 64 << 20  # decoded at a time: any matrix of an 8B model, or half of one
+# What is decoded at a time, at most; and what gate_up's product may take, or else it is decoded for
+# each half of a pass's tokens in turn. So an 8B model takes 100 MiB beside weights and cache.
+_BYTES = _GATE_UP_BYTES = 32 << 20
 _PART = 100  # launches that are submitted at once
 
 
@@ -52,17 +54,26 @@ def chunk_tokens(max_pos: int, *, software: bool) -> int:
     return min(SOFTWARE_CHUNK if software else MAX_CHUNK, -(-max_pos // 128) * 128)
 
 
+def turn_tokens(c: ModelConfig, tokens: int) -> int:
+    """Of so many those that gate_up is multiplied with at once."""
+    whole = 4 * tokens * 2 * c.hidden_dim <= _GATE_UP_BYTES
+    return tokens if whole else -(-tokens // 128) * 64
+
+
 def scratch_bytes(c: ModelConfig, max_pos: int, *, software: bool) -> int:
     """About what a `Prompt` allocates, if there is one."""
-    qkv = c.q_dim + 2 * c.kv_dim
-    floats = c.dim + max(qkv, c.dim, 2 * c.hidden_dim) + qkv * (c.qkv_bias or c.qk_norm)
-    digits = c.dim + c.q_dim + c.hidden_dim
-    token_bytes = 4 * floats + digits * 5 // 4  # with their scales
     tokens = chunk_tokens(max_pos, software=software)
-    decoded = min(_BYTES, max(m.rows * m.cols for m in layout.matrices(c) if m.in_block))
+    qkv = c.q_dim + 2 * c.kv_dim
+    gate_up = 2 * c.hidden_dim * turn_tokens(c, tokens) // tokens
+    floats = c.dim + max(qkv, c.dim, gate_up) + qkv * (c.qkv_bias or c.qk_norm)
+    digits = max(c.dim, c.q_dim) + c.hidden_dim
+    token_bytes = 4 * floats + digits * 5 // 4  # with their scales
+    matrices = [m for m in layout.matrices(c) if m.in_block]
+    decoded = min(_BYTES, max(m.rows * m.cols for m in matrices))
+    far_outliers = 4 * sum(m.rows for m in matrices)
     partial = 4 * tokens * c.n_heads * (c.head_dim + 2) * (1 if software else _MAX_SPLITS)
-    windows = 3 * UNIFORM_BLOCKS * 40  # at the end of activations
-    return tokens * token_bytes + max(decoded, partial) + windows
+    windows = 2 * UNIFORM_BLOCKS * 40  # at the end of activations
+    return tokens * token_bytes + max(decoded, partial) + windows + far_outliers
 
 
 class Prompt:
@@ -95,13 +106,15 @@ class Prompt:
         matrices: list[GpuMatrix] = [m for layer in model.blocks for m in layer.matrices]
         self.state = device.empty("prompt.state", 4 * (4 + n))
         self.x = device.empty("prompt.x", 4 * n * c.dim)
-        self.xn = Activations.for_matmul(device, "prompt.xn", n, c.dim)
+        # Attention writes where qkv_proj has read.
+        self.xn = self.attn = Activations.for_matmul(device, "prompt.xn", n, max(c.dim, c.q_dim))
         # Of every product in turn: what comes next has used it up before the next one writes.
-        self.y = device.empty("prompt.y", 4 * n * max(m.rows for m in matrices))
+        self._turn_tokens = turn_tokens(c, n)
+        rows = max(n * max(c.dim, c.q_dim + 2 * c.kv_dim), self._turn_tokens * 2 * c.hidden_dim)
+        self.y = device.empty("prompt.y", 4 * rows)
         self.qkv_heads = None
         if c.qkv_bias or c.qk_norm:
             self.qkv_heads = device.empty("prompt.qkv_heads", 4 * n * (c.q_dim + 2 * c.kv_dim))
-        self.attn = Activations.for_matmul(device, "prompt.attn", n, c.q_dim)
         self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
         # Weights, and between products the shares of attention's splits.
         shares = 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
@@ -147,8 +160,9 @@ class Prompt:
         if (tokens, paged) not in self._plans:
             if paged not in self._layer_steps:
                 self._layer_steps[paged] = list(self._layers(paged))
-            steps = [step.of(tokens) for step in self._layer_steps[paged]]
-            parts = [steps[i : i + _PART] for i in range(0, len(steps), _PART)]
+            steps = [s for s in self._layer_steps[paged] if s.first_token < tokens]
+            dispatches = [step.of(tokens) for step in steps]
+            parts = [dispatches[i : i + _PART] for i in range(0, len(dispatches), _PART)]
             self._plans[tokens, paged] = [Plan(part) for part in parts]
         return self._plans[tokens, paged]
 
@@ -190,9 +204,20 @@ class Prompt:
             yield from layer.o_proj.matmul(self.attn, self.y, self.bytes)
 
             yield self._rms_norm(product, layer.post_attention_layernorm, self.xn)
-            yield from layer.gate_up_proj.matmul(self.xn, self.y, self.bytes)
-            yield Step(do.swiglu(1, product, out=self.h, room=room), 1)
+            yield from self._gate_up(layer)
             yield from layer.down_proj.matmul(self.h, self.y, self.bytes)
+
+    def _gate_up(self, layer: Layer) -> Iterator[Step]:
+        c, n, swiglu = self.config, self._turn_tokens, self._model.operations.swiglu
+        if n == self.max_tokens:
+            yield from layer.gate_up_proj.matmul(self.xn, self.y, self.bytes)
+            yield Step(swiglu(1, Output(self.y, 1), out=self.h, room=n), 1)
+            return
+        for first in range(0, self.max_tokens, n):
+            xn, h = self.xn.window(first, n, c.dim), self.h.window(first, n, c.hidden_dim)
+            for step in layer.gate_up_proj.matmul(xn, self.y, self.bytes):
+                yield step.window(first, n)
+            yield Step(swiglu(1, Output(self.y, 1), out=h, room=n), 1, first, n)
 
     def _last_head(self) -> Iterator[Dispatch]:
         m = self._model

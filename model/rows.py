@@ -26,6 +26,7 @@ MOST_ROWS = 64
 # prompts do. shaders/shared/sums.wgsl has no room for more.
 MATVEC_ROWS = 16
 _FEW_ROWS = 32  # for which products have smaller tiles
+_BYTES = 64 << 20  # decoded at a time: more than for prompts, as few tokens leave a GPU idle
 _ATTENTION_GROUPS = 2048  # workgroups that fill a large GPU
 _TILE = 64  # positions that attention may look up past the last one
 
@@ -95,6 +96,11 @@ class Rows:
         self.h = activations("h", c.hidden_dim)
         self.down = output("down", layer.down_proj)
         self.logits = output("logits", model.lm_head)
+        self._bytes = prompt and prompt.bytes
+        if prompt and n > self.matvec_rows:
+            decoded = min(_BYTES, max(matrix.n_bytes for matrix in layer.matrices))
+            if decoded > prompt.bytes.size:
+                self._bytes = device.empty("batch.bytes", decoded)
         self._plans: dict[int, Plan] = {}
 
     def write_rows(self, rows: Sequence[Row]) -> None:
@@ -172,9 +178,8 @@ class Rows:
         if n <= self.matvec_rows:
             yield from matrix.matvec(x, self._output(y, n), tokens=n, digits=m.digits)
         else:
-            assert m.prompt is not None
             splits, few = self._splits(matrix, n), n <= _FEW_ROWS
-            for step in matrix.matmul(x, y.buffer, m.prompt.bytes, splits=splits, few=few):
+            for step in matrix.matmul(x, y.buffer, self._bytes, splits=splits, few=few):
                 yield step.of(n)
 
     def _splits(self, matrix: GpuMatrix, n: int) -> int:

@@ -16,6 +16,7 @@ struct Params {
   first_row: u32,  // of the part's rows
   n_blocks: u32,
   n_segments: u32,
+  block_begin: u32,  // 0
   min_symbol: i32,
   max_symbol: i32,
   byte_rows: u32,

@@ -1,5 +1,6 @@
 // y[split, t, row] = scale[row] * sum over the split's columns of W[row, column] x[t, column], W decoded by decode_tile: many
-// tokens at once. The consumer of y adds the splits up.
+// tokens at once. The consumer of y adds the splits up. Where only some columns are decoded, the first ones' sum is
+// written and the others' are added to it.
 // A workgroup multiplies a tile of rows with a tile of tokens, block by block of 32 columns: the next block is on its way
 // while one is multiplied. A lane has 4 * row_groups rows and four tokens. int8 products, exact within a block; sums over
 // blocks in f32. Dispatch: (ceil(rows / (1024 / token_lanes * row_groups)), ceil(tokens / (4 token_lanes)), splits); x and y
@@ -20,11 +21,13 @@ struct Params {
   y_rows: u32,
   n_blocks: u32,
   n_segments: u32,
+  block_begin: u32,  // these are decoded
+  block_end: u32,
   byte_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> bytes: array<vec4<u32>>;     // (n_blocks, planes, 2, byte_rows)
+@group(0) @binding(1) var<storage, read> bytes: array<vec4<u32>>;     // (blocks, planes, 2, byte_rows)
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
 @group(0) @binding(3) var<storage, read> far_outliers: array<u32>;
 @group(0) @binding(4) var<storage, read> x_digits: array<vec4<u32>>;  // (tokens, 2 n_blocks)
@@ -53,7 +56,7 @@ fn fetch_quad(i: u32, first: vec2<u32>, step: u32) -> vec4<u32> {  // those of t
     return bytes[(2u * step + i / tile_rows()) * params.byte_rows + first.x + i % tile_rows()];
   }
   let token = first.y + (i - 2u * tile_rows()) / 2u;
-  return x_digits[token * 2u * params.n_blocks + 2u * (step / planes) + (i & 1u)];
+  return x_digits[2u * (token * params.n_blocks + params.block_begin + step / planes) + (i & 1u)];
 }
 
 fn fetch(lane: u32, first: vec2<u32>, step: u32) -> Fetched {
@@ -62,7 +65,7 @@ fn fetch(lane: u32, first: vec2<u32>, step: u32) -> Fetched {
   if (lane + LANES < 2u * (tile_rows() + tile_tokens())) { f.second = fetch_quad(lane + LANES, first, step); }
   if (lane < tile_tokens()) {
     let shift = f32(1u << plane_shift(step % planes));
-    f.scale = x_scale[(first.y + lane) * params.n_blocks + step / planes].x * shift;
+    f.scale = x_scale[(first.y + lane) * params.n_blocks + params.block_begin + step / planes].x * shift;
   }
   return f;
 }
@@ -129,7 +132,7 @@ fn write_row(index: u32, token: u32, row_sums: vec4<f32>, first_token: u32) {
   let place = matrix_row(row);
   let n = token_lanes;
   var sums = row_sums;
-  if (first_token == 0u) {  // the first split has the far outliers, wherever these are
+  if (first_token == 0u && params.block_begin == 0u) {  // the first split has the far outliers, wherever these are
     let end = far_outliers[place + 1u];
     for (var k = far_outliers[place]; k < end; k++) {
       let column = outlier_column(far_outliers[k]);
@@ -138,12 +141,13 @@ fn write_row(index: u32, token: u32, row_sums: vec4<f32>, first_token: u32) {
       sums += outlier_value(far_outliers[k], row_raw_bits(row)) * x;
     }
   }
-  let scale = row_scale(row);
-  let at = first_token + token;
-  y[at * params.y_rows + place] = sums.x * scale;
-  y[(at + n) * params.y_rows + place] = sums.y * scale;
-  y[(at + 2u * n) * params.y_rows + place] = sums.z * scale;
-  y[(at + 3u * n) * params.y_rows + place] = sums.w * scale;
+  sums *= row_scale(row);
+  let at = (first_token + token + n * vec4<u32>(0u, 1u, 2u, 3u)) * params.y_rows + place;
+  if (params.block_begin > 0u) { sums += vec4<f32>(y[at.x], y[at.y], y[at.z], y[at.w]); }
+  y[at.x] = sums.x;
+  y[at.y] = sums.y;
+  y[at.z] = sums.z;
+  y[at.w] = sums.w;
 }
 
 fn write_rows(index: u32, token: u32, by_token: mat4x4<f32>, first_token: u32) {
@@ -174,8 +178,9 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   var b1 = vec4<f32>(0.0);
   var b2 = vec4<f32>(0.0);
   var b3 = vec4<f32>(0.0);
-  let begin = group.z * params.n_blocks / groups.z * planes;
-  let end = (group.z + 1u) * params.n_blocks / groups.z * planes;
+  let blocks = params.block_end - params.block_begin;
+  let begin = group.z * blocks / groups.z * planes;
+  let end = (group.z + 1u) * blocks / groups.z * planes;
   keep(lane, fetch(lane, first, begin), begin & 1u);
   workgroupBarrier();
   for (var step = begin; step < end; step++) {

@@ -13,7 +13,7 @@ import pytest
 from test_families import golden
 from tiny_model import random_source
 
-from engine.batch import Batch, Sequence
+from engine.batch import Batch, Choose, Sequence
 from engine.device import Device, Readback
 from engine.errors import EngineError
 from engine.generate import Engine
@@ -27,7 +27,7 @@ from weights.store import WeightsFile
 
 pytestmark = pytest.mark.gpu
 
-EXACT = 5e-5  # as in test_engine.py
+EXACT = 5e-5  # as in small_engine.py
 CONTEXT = 96
 SAMPLED = [
     Sampling(),
@@ -280,13 +280,24 @@ def test_a_failing_sequence_fails_alone(
     assert min(ranks) >= 97 - 4  # of two logits next to each other either may be the second
 
 
+def likeliest(logits: np.ndarray) -> int:
+    return int(logits.argmax())
+
+
+@pytest.mark.parametrize("choose", [None, likeliest], ids=["drawn", "chosen here"])
 def test_an_interrupted_step_is_done_again(
-    build: Callable[..., Engine], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Engine],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    choose: Choose | None,
 ) -> None:
+    """Also the first one, which has read a prompt, and where the host has to choose the token."""
     engine = build("gpu")
     want = [alone(engine, prompt, 20, Sampling()) for prompt in prompts[:2]]
     batch = Batch(engine, 2)
-    sequences = [batch.add(prompt, max_tokens=20, stop_ids=()) for prompt in prompts[:2]]
+    sequences = [
+        batch.add(prompt, max_tokens=20, stop_ids=(), choose=choose) for prompt in prompts[:2]
+    ]
     read, calls = Readback.read, 0
 
     def interrupted(readback: Readback) -> Any:
@@ -298,11 +309,12 @@ def test_an_interrupted_step_is_done_again(
 
     monkeypatch.setattr(Readback, "read", interrupted)
     n_interrupts = 0
-    while batch.busy:
+    for _ in range(100):
         try:
             batch.step()
         except KeyboardInterrupt:
             n_interrupts += 1
+    assert not batch.busy
     assert n_interrupts == 2 and [s.tokens for s in sequences] == want
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from small_engine import rms
 from test_batch import CONTEXT, finish
 from test_batch import file as file
-from test_engine import rms
 
 from engine.batch import Batch
 from engine.device import Device

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_engine import ADAPTERS, CONTEXT, EXACT, open_device, rms
+from small_engine import ADAPTERS, CONTEXT, EXACT, open_device, rms
 from tiny_model import random_source
 
 from engine.generate import Engine

@@ -119,6 +119,7 @@ def test_matmul_piece_by_piece_equals_whole(
     """Of a matrix in several bindings, and of one decoded 128 rows at a time."""
     device = kernels.device
     monkeypatch.setattr(device, "software", False)
+    monkeypatch.setattr("model.gpu_matrix._LARGE_PRODUCT_ROWS", 128)
     m = coded(rng, 400, 331, 3.0, 12)
     assert m.n_classes > 1
     a, _ = digit_activations(rng, device, 64, 1, m.cols)
@@ -139,13 +140,17 @@ def test_matmul_piece_by_piece_equals_whole(
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "splits", "few"),
+    ("rows", "tokens", "splits", "few", "room", "launches"),
     [
-        (60, 129, 1, False),
-        (4096, 129, 1, False),
-        (300, 33, 2, True),
-        (60, 3, 3, True),
-        (60, 65, 2, False),
+        (60, 129, 1, False, 1, 2),
+        (4096, 129, 1, False, 1, 2),
+        (300, 33, 2, True, 1, 2),
+        (60, 3, 3, True, 1, 2),
+        (60, 65, 2, False, 1, 2),
+        # Columns in pieces: of two blocks, two and one; and one after another.
+        (4100, 129, 1, False, 1 / 2, 12),
+        (60, 65, 2, False, 1 / 2, 6),
+        (300, 3, 1, True, 1 / 5, 10),
     ],
 )
 def test_matmul_of_whole_numbers_is_exact(
@@ -156,25 +161,30 @@ def test_matmul_of_whole_numbers_is_exact(
     tokens: int,
     splits: int,
     few: bool,
+    room: float,
+    launches: int,
 ) -> None:
     """With scales of 1 every sum is a whole number below 2^24, which f32 holds: all tile sizes, in
-    splits that add up.
+    splits that add up; `room` is the share of a matrix whose bytes there is room for.
     """
-    device, cols = kernels.device, 70
+    device, cols = kernels.device, 150
     monkeypatch.setattr(device, "software", False)
     q = np.round(rng.laplace(size=(rows, cols)) * 9).astype(np.int32)
     q[::7, 3] = 1500  # beyond a byte
     m = encode_matrix(q, np.zeros(rows, np.int16), 11)
     gpu = GpuMatrix(kernels, "w", m)
-    x = np.zeros((256, 96), np.int8)
+    x = np.zeros((256, 160), np.int8)
     x[:tokens, :cols] = rng.integers(-127, 128, (tokens, cols))
-    scale = np.ones((256, 3, 2), np.float32)
+    scale = np.ones((256, 5, 2), np.float32)
     a = Activations(device.upload("digits", x), device.upload("scale", scale))
     assert far_outliers(m).size > rows + 1
-    room = -(-tokens // (32 if few else 64)) * (32 if few else 64)  # whole tiles
-    bytes_, y = device.empty("bytes", gpu.n_bytes), device.empty("y", 4 * splits * room * rows)
-    run(device, steps_of(gpu, a, y, bytes_, tokens, splits=splits, few=few))
-    got = device.read(y, np.float32, (splits, room, rows)).sum(axis=0)[:tokens]
+    whole = -(-tokens // (32 if few else 64)) * (32 if few else 64)  # in tiles
+    bytes_ = device.empty("bytes", int(room * gpu.n_bytes))
+    y = device.upload("y", np.full((splits, whole, rows), np.nan, np.float32))
+    plan = steps_of(gpu, a, y, bytes_, tokens, splits=splits, few=few)
+    assert len(plan.dispatches) == launches
+    run(device, plan)
+    got = device.read(y, np.float32, (splits, whole, rows)).sum(axis=0)[:tokens]
     assert (got == x[:tokens, :cols].astype(np.int64) @ q.T).all()
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine import ADAPTERS, last_logits, open_device, rms
-from test_engine import files as files
-from test_engine import tokens as tokens
+from small_engine import ADAPTERS, last_logits, open_device, rms
+from small_engine import files as files
+from small_engine import tokens as tokens
 from test_families import golden
 
 from engine.generate import Engine
@@ -120,6 +120,24 @@ def test_gpu_with_little_workgroup_memory(
     want = engine_on("gpu", "plain").logits(tokens[:70])
     # The same positions' sums in another order: see test_prompt_passes_against_the_oracle.
     assert rms(engine.logits(tokens[:70]) - want) <= 0.05 * rms(want)
+
+
+def test_gate_up_in_turns_is_as_whole(
+    files: dict[str, WeightsFile], engine_on: Callable[..., Engine], tokens: list[int]
+) -> None:
+    """Where y is too large for all tokens of a pass: the same bits, whether the second turn has
+    all its tokens, some or none.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.prompt._GATE_UP_BYTES", 1)
+        engine = Engine(files["awkward tied"], open_device("gpu"), context=CONTEXT)
+    prompt, whole = engine._model.prompt, engine_on("gpu", "awkward tied")
+    assert prompt is not None and prompt.y.size < whole._model.prompt.y.size
+    counts = [sum(len(plan.dispatches) for plan in prompt.layers(n)) for n in (128, 129)]
+    assert counts[1] - counts[0] == 3 * engine.config.n_layers
+    for n in (60, 128, 150, 200):
+        got, want = engine.logits(tokens[:n]), whole.logits(tokens[:n])
+        assert (got == want).all()
 
 
 def test_interrupts_are_heard_between_passes(

@@ -1,6 +1,6 @@
 // Weights of whole rows to bytes: see planes.wgsl, which stands beside it with ans.wgsl, stream.wgsl and matrix.wgsl.
-// The importer provides  outliers: array<u32>,  bytes: array<vec4<u32>>  (blocks, planes, 2, byte_rows)  and
-// params.byte_rows, params.min_symbol, params.max_symbol.
+// The importer provides  outliers: array<u32>,  bytes: array<vec4<u32>>  (blocks, planes, 2, byte_rows), the first of which
+// is params.block_begin,  and params.byte_rows, params.min_symbol, params.max_symbol.
 
 fn add_bytes(a: vec4<u32>, b: u32) -> vec4<u32> {  // each byte by itself
   let low = vec4<u32>(0x7F7F7F7Fu);
@@ -8,7 +8,7 @@ fn add_bytes(a: vec4<u32>, b: u32) -> vec4<u32> {  // each byte by itself
 }
 
 fn place_of(column: u32, byte_row: u32) -> u32 {  // of the first plane
-  return ((column >> 5u) * planes * 2u + ((column >> 4u) & 1u)) * params.byte_rows + byte_row;
+  return (((column >> 5u) - params.block_begin) * planes * 2u + ((column >> 4u) & 1u)) * params.byte_rows + byte_row;
 }
 
 // Columns begin .. end - 1, whole blocks of them, from a stream that has come there.

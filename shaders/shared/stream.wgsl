@@ -46,6 +46,8 @@ fn align(s: ptr<function, Stream>) {
   let bits = (*s).pos & 31u;
   (*s).w0 = funnel(select(v0, v1, one), u1, bits);
   (*s).w1 = funnel(u1, u2, bits);
+  (*s).w2 = 0u;  // or what shifts move out of the words before would be computed
+  (*s).w3 = 0u;
   if (most_bits() > 64u) { (*s).w2 = funnel(u2, u3, bits); }
   if (most_bits() > 96u) { (*s).w3 = funnel(u3, select(v4, v5, one), bits); }
 }
