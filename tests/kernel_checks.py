@@ -19,6 +19,7 @@ from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model.activations import Activations
+from model.operations import AttentionCut
 
 F32 = 2.0**-24
 DIGIT_UNIT = {1: 0.5, 3: 0.5 / 254**2}  # rounding of the last digit, in units of the block's scale
@@ -128,9 +129,7 @@ def attention_cut(
     """Overrides of `attention`, or without lanes of `attention_group`."""
     if lanes:
         return dict(lanes=lanes, per_lane=per_lane, finish=finish and lanes >= head_dim // 4)
-    quads = -(-head_dim // 8)
-    heads = -(-heads_per_kv // -(-heads_per_kv // 4))
-    return dict(lanes=min(256, 32 * quads), heads=heads, alone=2, finish=finish)
+    return dict(AttentionCut.grouped(heads_per_kv, 1, -(-head_dim // 8)).overrides, finish=finish)
 
 
 def attend(
@@ -152,8 +151,8 @@ def attend(
     name, groups = "attention", n_heads
     if "heads" in overrides:
         n_kv_heads = params["n_kv_heads"]
-        name = "attention_group"
-        groups = n_kv_heads * -(-n_heads // n_kv_heads // overrides["heads"])
+        cut = AttentionCut.grouped(n_heads // n_kv_heads, n_kv_heads, overrides["half_quads"])
+        name, groups = cut.kernel, cut.groups
     attention = kernels.get(name, digits=3, **overrides).dispatch(
         [n_splits, groups, rows],
         dict(tokens=rows, scale=params["head_dim"] ** -0.5, **params),
