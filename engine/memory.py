@@ -8,7 +8,8 @@ from engine.device import Device
 from engine.errors import DeviceError
 from model import prompt
 from model.kv_cache import BLOCK, KINDS, KVCache
-from model.llama import MAX_TOKENS, attention_splits
+from model.llama import MAX_TOKENS
+from model.operations import AttentionCut
 from weights import layout
 from weights.store import WeightsFile
 
@@ -70,7 +71,7 @@ class Wanted:
         tables = len(rows) * (1 << 16 if software else 1 << 13)
         on_device = stored * 21 // 20 + 48 * sum(rows) + tables
         widths = c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim)
-        partial = c.n_heads * attention_splits(software) * (c.head_dim + 2)
+        partial = c.n_heads * AttentionCut.of(c, self.device).n_splits * (c.head_dim + 2)
         scratch = 4 * MAX_TOKENS * (widths + partial)
         scratch += 4 * self.context * c.head_dim * (2 if c.unrotated_layers else 1)  # RoPE
         scratch += 16 * c.vocab_size  # where each token's row of the embedding is

@@ -18,7 +18,7 @@ from engine.plan import Plan, run
 from model.activations import FLOAT, Activations, Output, Then
 from model.gpu_matrix import GpuMatrix
 from model.kv_cache import KVCache, half_padded
-from model.operations import Operations
+from model.operations import AttentionCut, Operations
 from model.prompt import Prompt
 from weights.store import WeightsFile
 
@@ -103,17 +103,13 @@ class Llama:
         self.cache = KVCache.empty(device, c, max(max_pos, cache_positions), cache)
         self.cache_bytes = device.allocated_bytes - before
 
-        self.attention_splits = attention_splits(device.software)
         # A vector's worth on a CPU: of workgroups of 64 that wait for each other in a loop llvmpipe
         # (Mesa 22.3) lost 0.4 MB a launch.
         self.lanes = 8 if device.software else 512 if c.dim >= 2048 else 256
-        # (lanes, positions a lane scores). A CPU goes through every lane's code, idle or not: few
-        # lanes, and q loaded once for four positions. A GPU would rather have one load in each.
-        value_lanes = -(-c.head_dim // 4 // 8) * 8
-        self.attention_shape = (max(16, value_lanes), 4) if device.software else (256, 1)
+        self.attention_cut = cut = AttentionCut.of(c, device)
         # Attention may finish a head by itself, a matvec of one token do what comes after it.
-        self.finishes_heads = c.head_dim % 32 == 0 and (device.fences or self.attention_splits == 1)
-        self.finishes_heads &= self.attention_shape[0] >= c.head_dim // 4
+        self.finishes_heads = c.head_dim % 32 == 0 and (device.fences or cut.n_splits == 1)
+        self.finishes_heads &= cut.overrides["lanes"] >= c.head_dim // 4
         self._fused = device.fences and self.digits != FLOAT
         self.operations = Operations(self)
         n, d = MAX_TOKENS, self.digits
@@ -123,7 +119,7 @@ class Llama:
         self.xn = Activations.empty(device, "xn", n, d, c.dim)
         self.qkv = first.qkv_proj.output("qkv", n)
         self.partial = device.empty(
-            "attn.partial", 4 * n * c.n_heads * self.attention_splits * (2 * half_padded(c) + 2)
+            "attn.partial", 4 * n * c.n_heads * cut.n_splits * (2 * half_padded(c) + 2)
         )
         most = max(n * c.n_heads, -(-c.dim // 32), -(-c.hidden_dim // 32))
         self.arrived = device.empty("arrived", 4 * most)  # counts of heads, or of blocks
@@ -255,7 +251,7 @@ class Llama:
     @property
     def _attended(self) -> dict[str, Any]:
         """Likewise attention."""
-        return dict(partial=self.partial, out=self.attn, n_splits=self.attention_splits)
+        return dict(partial=self.partial, out=self.attn, n_splits=self.attention_cut.n_splits)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
         fused = self._fused and pass_tokens == 1
@@ -279,13 +275,6 @@ class Llama:
     def _then_swiglu(self) -> Then:
         # x and the weight have no meaning
         return Then(True, self.config.hidden_dim, self.x, self.norm, self.h, self.arrived)
-
-
-def attention_splits(software: bool) -> int:
-    """On a software adapter every workgroup costs, and a few fill the cores; a GPU is filled by
-    splits.
-    """
-    return 1 if software else 16
 
 
 def rope_table(

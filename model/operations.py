@@ -4,14 +4,52 @@ and of rows (model/llama.py, prompt.py, rows.py) record them alike, with buffers
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from engine.device import Device
 from engine.kernel import Dispatch, Kernels
 from model.activations import Activations, Output
+from model.config import ModelConfig
 from model.kv_cache import half_padded
 
 if TYPE_CHECKING:
     from model.llama import Llama
+
+
+class AttentionCut(NamedTuple):
+    """How attention to a cache is cut up: its kernel, workgroups of a token and split, most splits,
+    and the overrides that say so.
+    """
+
+    kernel: str
+    groups: int
+    n_splits: int
+    overrides: Mapping[str, int]
+
+    @classmethod
+    def of(cls, c: ModelConfig, device: Device) -> AttentionCut:
+        """For an adapter."""
+        if device.software:
+            # Every workgroup costs, and a few fill the cores. A CPU goes through every lane's code,
+            # idle or not: few lanes, and q loaded once for four positions.
+            value_lanes = -(-c.head_dim // 4 // 8) * 8
+            return cls("attention", c.n_heads, 1, dict(lanes=max(16, value_lanes), per_lane=4))
+        if half_padded(c) > 128 or device.workgroup_memory < 1 << 15:
+            return cls("attention", c.n_heads, 16, dict(lanes=256, per_lane=1))
+        return cls.grouped(c.n_heads // c.n_kv_heads, c.n_kv_heads, half_padded(c) // 4)
+
+    @classmethod
+    def grouped(cls, heads_per_kv: int, n_kv_heads: int, half_quads: int) -> AttentionCut:
+        """By shaders/attention_group.wgsl, for heads of up to 256 and 32 KiB of workgroup memory.
+
+        Heads that share a kv head, by up to four; up to some 256 positions nothing to join.
+        """
+        groups = -(-heads_per_kv // 4)
+        lanes = min(256, 32 * half_quads)
+        alone = max(1, 256 // (4 * (lanes // half_quads)))
+        overrides = dict(lanes=lanes, heads=-(-heads_per_kv // groups), alone=alone)
+        return cls("attention_group", n_kv_heads * groups, 32, overrides)
 
 
 class Operations:
@@ -93,15 +131,14 @@ class Operations:
     ) -> Dispatch:
         """With `pass_rows` and `blocks` of rows with places of their own, else of one sequence."""
         c, m = self._config, self._model
-        lanes, per_lane = m.attention_shape
+        cut = m.attention_cut
         batched = pass_rows is not None
         kernel = self._kernels.get(
-            "attention",
+            cut.kernel,
+            **cut.overrides,
             **m.cache.overrides,
             splits=qkv.splits,
             window=c.window(layer) or 0,
-            lanes=lanes,
-            per_lane=per_lane,
             n_splits=n_splits,
             finish=m.finishes_heads,
             digits=m.digits,
@@ -109,7 +146,7 @@ class Operations:
             paged=batched,
         )
         return kernel.dispatch(
-            [n_splits, c.n_heads, tokens],
+            [n_splits, cut.groups, tokens],
             constants=dict(
                 n_heads=c.n_heads,
                 n_kv_heads=c.n_kv_heads,

@@ -87,7 +87,11 @@ class Rows:
         self.qkv_heads: Any = None
         if c.qkv_bias or c.qk_norm:
             self.qkv_heads = device.empty("batch.qkv_heads", 4 * n * layer.qkv_proj.rows)
-        partial = n * c.n_heads * model.attention_splits * (2 * half_padded(c) + 2)
+        # Few rows have many splits each.
+        row_splits = max(
+            b * self._attention_splits(b) for b in map(self.bucket, range(1, most + 1))
+        )
+        partial = row_splits * c.n_heads * (2 * half_padded(c) + 2)
         self.partial = device.empty("batch.attn.partial", 4 * partial)
         self.arrived = device.empty("batch.arrived", 4 * n * c.n_heads)
         self.attn = activations("attn", c.q_dim)
@@ -197,7 +201,7 @@ class Rows:
 
     def _attention_splits(self, n: int) -> int:
         """Of positions. Up to matvec_rows as of one sequence alone, so that sums round alike."""
-        most = self._model.attention_splits
+        cut = self._model.attention_cut
         if n <= self.matvec_rows:
-            return most
-        return min(most, -(-_ATTENTION_GROUPS // (n * self.config.n_heads)))
+            return cut.n_splits
+        return min(cut.n_splits, -(-_ATTENTION_GROUPS // (n * cut.groups)))

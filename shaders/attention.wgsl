@@ -3,6 +3,7 @@
 // In splits: every split sees each n_splits-th tile of positions and keeps a running maximum and sum (Flash-Decoding);
 // attention_combine joins them. All in f32, whatever the cache keeps (shared/cache.wgsl).
 // Tokens are of one sequence, or with `batched` and `paged` each of its own, or some.
+// For CPUs, and GPUs where attention_group cannot be: heads beyond 256, little workgroup memory.
 // One workgroup = one split of one head of one token. Dispatch: (n_splits, n_heads, tokens). With `finish`, for heads of
 // whole blocks of 32, the last split of a head joins them itself and writes int8 digits (shared/last.wgsl says where).
 

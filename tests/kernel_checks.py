@@ -19,6 +19,7 @@ from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model.activations import Activations
+from model.operations import AttentionCut
 
 F32 = 2.0**-24
 DIGIT_UNIT = {1: 0.5, 3: 0.5 / 254**2}  # rounding of the last digit, in units of the block's scale
@@ -122,6 +123,15 @@ HEADS = [
 ]
 
 
+def attention_cut(
+    heads_per_kv: int, head_dim: int, lanes: int, per_lane: int, finish: bool
+) -> dict[str, Any]:
+    """Overrides of `attention`, or without lanes of `attention_group`."""
+    if lanes:
+        return dict(lanes=lanes, per_lane=per_lane, finish=finish and lanes >= head_dim // 4)
+    return dict(AttentionCut.grouped(heads_per_kv, 1, -(-head_dim // 8)).overrides, finish=finish)
+
+
 def attend(
     kernels: Kernels,
     rows: int,
@@ -138,8 +148,13 @@ def attend(
     n_blocks = -(-n_heads * params["head_dim"] // 32)
     sizes = {key: params[key] for key in ("n_heads", "head_dim")}
     written = dict(x_digits=out.digits, x_scale=out.scale)
-    attention = kernels.get("attention", digits=3, **overrides).dispatch(
-        [n_splits, n_heads, rows],
+    name, groups = "attention", n_heads
+    if "heads" in overrides:
+        n_kv_heads = params["n_kv_heads"]
+        cut = AttentionCut.grouped(n_heads // n_kv_heads, n_kv_heads, overrides["half_quads"])
+        name, groups = cut.kernel, cut.groups
+    attention = kernels.get(name, digits=3, **overrides).dispatch(
+        [n_splits, groups, rows],
         dict(tokens=rows, scale=params["head_dim"] ** -0.5, **params),
         partial=partial,
         arrived=kernels.device.empty("arrived", 4 * rows * n_heads),

@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cache_layout import pack, unpack
-from kernel_checks import F32, HEADS, attend, attention_error, check_quantized, read_activations
+from kernel_checks import (
+    F32,
+    HEADS,
+    attend,
+    attention_cut,
+    attention_error,
+    check_quantized,
+    read_activations,
+)
 from kernel_checks import kernels as kernels
 from kernel_checks import rng as rng
 
@@ -191,6 +199,9 @@ def test_qkv_heads(
         (2, 24, 3, True, 0),
         (3, 24, 3, False, 100),
         (4, 64, 1, True, 4),
+        (1, 0, 0, False, 0),
+        (8, 0, 0, False, 0),
+        (3, 0, 0, True, 300),
     ],
 )
 def test_rope_cache_and_attention(
@@ -232,10 +243,8 @@ def test_rope_cache_and_attention(
             value_bits=bits,
             splits=splits,
             window=window,
-            lanes=lanes,
-            per_lane=per_lane,
             n_splits=n_splits,
-            finish=finish and lanes >= head_dim // 4,
+            **attention_cut(n_heads // n_kv_heads, head_dim, lanes, per_lane, finish),
             batched=False,
             paged=False,
         ),

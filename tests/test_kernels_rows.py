@@ -8,7 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from cache_layout import pack, unpack
-from kernel_checks import F32, attend, attention_error, check_quantized, read_activations
+from kernel_checks import (
+    F32,
+    attend,
+    attention_cut,
+    attention_error,
+    check_quantized,
+    read_activations,
+)
 from kernel_checks import kernels as kernels
 from kernel_checks import rng as rng
 
@@ -38,7 +45,8 @@ PLACES = [(0, 0), (1, 15), (1, 16), (1, 17), (2, 200), (3, 64), (3, 65)]
 
 
 @pytest.mark.parametrize(
-    ("n_heads", "n_kv_heads", "head_dim", "finish"), [(6, 2, 24, False), (9, 3, 64, True)]
+    ("n_heads", "n_kv_heads", "head_dim", "finish"),
+    [(6, 2, 24, False), (9, 3, 64, True), (7, 1, 80, False), (7, 1, 128, True)],
 )
 @pytest.mark.parametrize(
     ("n_splits", "lanes", "per_lane", "cache", "window"),
@@ -48,6 +56,9 @@ PLACES = [(0, 0), (1, 15), (1, 16), (1, 17), (2, 200), (3, 64), (3, 65)]
         (2, 24, 2, "f32", 50),
         (1, 16, 4, "int8", 0),
         (16, 64, 1, "int4", 0),
+        (8, 0, 0, "f16", 100),
+        (2, 0, 0, "int8", 0),
+        (1, 0, 0, "int4", 50),
     ],
 )
 def test_attention_of_several_sequences(
@@ -91,10 +102,8 @@ def test_attention_of_several_sequences(
             half_quads=head_dim // 8,
             splits=1,
             window=window,
-            lanes=lanes,
-            per_lane=per_lane,
             n_splits=n_splits,
-            finish=finish and lanes >= head_dim // 4,
+            **attention_cut(n_heads // n_kv_heads, head_dim, lanes, per_lane, finish),
             batched=True,
             paged=True,
         ),

@@ -114,7 +114,7 @@ def test_the_plan_is_near_what_is_allocated(
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_decoding_needs_besides(name: str) -> None:
     """On a GPU at most 100 MiB beside weights and cache, up to 8 G parameters."""
-    config, gpu = SHAPES[name], SimpleNamespace(software=False)
+    config, gpu = SHAPES[name], SimpleNamespace(software=False, workgroup_memory=1 << 15)
     weights = SimpleNamespace(config=config, matrix_names=(), stored_bits=int, lossless=False)
     plan = Wanted(weights, gpu, 4096).memory()  # type: ignore[arg-type]
     assert plan.scratch_bytes <= 100 << 20

@@ -35,21 +35,30 @@ fn unpack(v: vec4<u32>, quad: u32, bits: u32) -> Pair {  // its scale apart
   return Pair(vec4<f32>(a.x, b.x, c.x, d.x), vec4<f32>(a.y, b.y, c.y, d.y));
 }
 
-fn key(row: u32, quad: u32) -> Pair {
-  let at = vector_at(row, quad, key_bits);
-  if (key_bits == 32u) {
-    return Pair(bitcast<vec4<f32>>(k_cache[at]), bitcast<vec4<f32>>(k_cache[at + half_quads]));
-  }
-  return unpack(k_cache[at], quad, key_bits);
+struct Vectors { a: vec4<u32>, b: vec4<u32> }  // that a quad is in; the second one of 32 bits
+
+fn pair_in(v: Vectors, quad: u32, bits: u32) -> Pair {
+  if (bits == 32u) { return Pair(bitcast<vec4<f32>>(v.a), bitcast<vec4<f32>>(v.b)); }
+  return unpack(v.a, quad, bits);
 }
 
-fn value(row: u32, quad: u32) -> Pair {
-  let at = vector_at(row, quad, value_bits);
-  if (value_bits == 32u) {
-    return Pair(bitcast<vec4<f32>>(v_cache[at]), bitcast<vec4<f32>>(v_cache[at + half_quads]));
-  }
-  return unpack(v_cache[at], quad, value_bits);
+fn key_vectors(row: u32, quad: u32) -> Vectors {
+  let at = vector_at(row, quad, key_bits);
+  var v = Vectors(k_cache[at], vec4<u32>(0u));
+  if (key_bits == 32u) { v.b = k_cache[at + half_quads]; }
+  return v;
 }
+
+fn value_vectors(row: u32, quad: u32) -> Vectors {
+  let at = vector_at(row, quad, value_bits);
+  var v = Vectors(v_cache[at], vec4<u32>(0u));
+  if (value_bits == 32u) { v.b = v_cache[at + half_quads]; }
+  return v;
+}
+
+fn key(row: u32, quad: u32) -> Pair { return pair_in(key_vectors(row, quad), quad, key_bits); }
+
+fn value(row: u32, quad: u32) -> Pair { return pair_in(value_vectors(row, quad), quad, value_bits); }
 
 fn key_scale(row: u32) -> f32 {
   if (key_bits >= 16u) { return 1.0; }
