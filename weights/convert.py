@@ -63,7 +63,7 @@ class CalibrationText:
     tuning_steps: int = 0  # of the norms, on the same text; see weights/calibration/tune.py
 
 
-FULL = CalibrationText(16384, tuning_steps=20)
+FULL = CalibrationText(16384, tuning_steps=16)
 # As good as in windows of 256, and written in fewer steps.
 QUICK = CalibrationText(4096, window=128)
 

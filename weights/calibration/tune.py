@@ -34,7 +34,7 @@ Doubles = npt.NDArray[np.float64]
 
 _TOKENS = 1024  # that a step sees
 _PASSES = 2  # over the text, at most: more would learn it by heart
-_RATE = 0.004  # of the first step; it falls to 0 in a straight line
+_RATE = 0.003  # of the first step; it falls to 0 in a straight line
 _BETAS = 0.9, 0.95  # of Adam's averages of gradients and of their squares
 _EPSILON = 1e-8
 
