@@ -46,8 +46,6 @@ fn align(s: ptr<function, Stream>) {
   let bits = (*s).pos & 31u;
   (*s).w0 = funnel(select(v0, v1, one), u1, bits);
   (*s).w1 = funnel(u1, u2, bits);
-  (*s).w2 = 0u;  // or what shifts move out of the words before would be computed
-  (*s).w3 = 0u;
   if (most_bits() > 64u) { (*s).w2 = funnel(u2, u3, bits); }
   if (most_bits() > 96u) { (*s).w3 = funnel(u3, select(v4, v5, one), bits); }
 }
@@ -70,6 +68,13 @@ fn refill(s: ptr<function, Stream>) {
   (*s).used = 0u;
   cross_chunk(s, crossed);
   align(s);
+}
+
+// Words that a window has no bits in still have old ones, and compilers shift these too, not knowing that nobody will see
+// them. For a stream that has just been refilled.
+fn clear_rest(s: ptr<function, Stream>) {
+  if (most_bits() <= 64u) { (*s).w2 = 0u; }
+  if (most_bits() <= 96u) { (*s).w3 = 0u; }
 }
 
 // On a GPU lanes that need no chunk load none: fewer cache lines a load. On a CPU a branch costs more than the load.
