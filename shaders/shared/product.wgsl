@@ -35,7 +35,7 @@ fn add_blocks(sums: ptr<function, Sums>, s: ptr<function, Stream>, segment: u32,
   let end = first_block(segment + 1u);
   for (var block = first_block(segment); block < end; block++) {
     let a = decode16(s, raw);
-    if (tokens == 1u) { clear_rest(s); }  // loops over more tokens become slower by it
+    if (tokens == 1u) { clear_rest(s); }  // measured for one token alone
     let b = decode16(s, raw);
     if (tokens == 1u) { clear_rest(s); }
     for (var t = 0u; t < tokens; t++) { (*sums)[t] += block_dot(a, b, t, block, weight_offset(raw)); }
