@@ -16,8 +16,8 @@
 //#import pages
 //#import cache
 //#import cache_store
+//#import splits
 
-override splits: u32;    // of y
 override per_lane: u32;  // neighbouring positions that one lane scores, 1..4, of one block; lanes * per_lane are a tile
 override n_splits: u32;
 override finish: bool;   // then lanes are at least head_dim / 4
@@ -33,7 +33,6 @@ struct Params {
   scale: f32,
 }
 
-const NEVER = -1e30;     // below every score; not infinite, so that differences of two stay numbers
 const MAXIMA = 16u;      // lanes that look for the largest score first; there are as many or more
 const VALUES = 4u;       // loads of values that a lane has under way at once
 
@@ -58,17 +57,6 @@ var<workgroup> maxima: array<f32, MAXIMA>;
 var<workgroup> group_lo: array<vec4<f32>, lanes>;
 var<workgroup> group_hi: array<vec4<f32>, lanes>;
 var<workgroup> group_sum: array<f32, lanes>;
-
-fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted through q | k | v
-  let rows = (params.n_heads + 2u * params.n_kv_heads) * params.head_dim;
-  var sum = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
-  for (var split = 0u; split < splits; split++) {
-    let begin = (split * params.tokens + token) * rows + head * params.head_dim;
-    sum.lo += quad_at(begin, quad);
-    sum.hi += quad_at(begin + params.head_dim / 2u, quad);
-  }
-  return sum;
-}
 
 // Puts into the cache what the workgroup is going to read and no earlier pass has written. Heads that share a kv head,
 // and later tokens of the sequence, write the same: it is the same arithmetic on the same numbers, so whichever write comes
@@ -137,9 +125,6 @@ fn scores_at(token: u32, first_row: u32, pos: u32, length: u32, seen_from: u32) 
   if (window > 0u) { scored &= vec4<u32>(pos) + j >= vec4<u32>(seen_from); }
   return select(vec4<f32>(NEVER), sums * params.scale, scored);
 }
-
-fn store_partial(i: u32, value: f32) { atomicStore(&partial[i], bitcast<u32>(value)); }
-fn load_partial(i: u32) -> f32 { return bitcast<f32>(atomicLoad(&partial[i])); }
 
 fn max_over_lanes(lane: u32, value: f32) -> f32 {
   lane_max[lane] = value;

@@ -13,8 +13,8 @@
 //#import pages
 //#import cache
 //#import cache_store
+//#import splits
 
-override splits: u32;    // of y
 override heads: u32;     // of a workgroup, 1..4, all of one kv head
 override n_splits: u32;
 override alone: u32;     // tiles up to which one split takes them all, and there is nothing to join
@@ -31,7 +31,6 @@ struct Params {
   scale: f32,
 }
 
-const NEVER = -1e30;  // below every score; not infinite, so that differences of two stay numbers
 const PARTS = 32u;    // lanes are a multiple, and at least 8 half_quads
 
 // A tile is four positions of each of the groups of half_quads lanes that there are.
@@ -124,17 +123,6 @@ fn query(head: u32, quad: u32) -> Pair {
   return Pair(query_lo[head * half_quads + quad], query_hi[head * half_quads + quad]);
 }
 
-fn projected(token: u32, head: u32, quad: u32) -> Pair {  // heads are counted through q | k | v
-  let rows = (params.n_heads + 2u * params.n_kv_heads) * params.head_dim;
-  var sum = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
-  for (var split = 0u; split < splits; split++) {
-    let begin = (split * params.tokens + token) * rows + head * params.head_dim;
-    sum.lo += quad_at(begin, quad);
-    sum.hi += quad_at(begin + params.head_dim / 2u, quad);
-  }
-  return sum;
-}
-
 // Puts into the cache what the workgroup is going to read and no earlier pass has written: of its tiles, which are every
 // n_used-th from `first_tile` on. Other workgroups of the kv head, and later tokens of the sequence, write the same: it is
 // the same arithmetic on the same numbers, so whichever write comes last leaves the same bits, and nobody waits for another.
@@ -169,9 +157,6 @@ fn write_cache(lane: u32, kv_head: u32, token: u32, first_tile: u32, n_used: u32
     }
   }
 }
-
-fn store_partial(i: u32, value: f32) { atomicStore(&partial[i], bitcast<u32>(value)); }
-fn load_partial(i: u32) -> f32 { return bitcast<f32>(atomicLoad(&partial[i])); }
 
 // Element k of quad c of a head. What this shader joins itself has neighbouring quads side by side, as lanes load them.
 fn element(c: u32, k: u32) -> u32 { return select(4u * c + k, 2u * half_quads * k + c, finish); }
