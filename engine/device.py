@@ -21,6 +21,8 @@ from engine.interrupt import uninterrupted
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
+IMAGE_FORMAT = wgpu.TextureFormat.rgba32uint  # a chunk of 16 bytes
+_IMAGE_WIDTH, _CHUNK_BYTES = 1024, 16  # shaders/shared/words_image.wgsl
 
 # The adapter's own maximum is asked for: weights need large bindings, the matvec as much workgroup
 # memory as there is.
@@ -111,8 +113,18 @@ class Device:
         self.max_binding_bytes = min(
             limits["max-storage-buffer-binding-size"], limits["max-buffer-size"], 1 << 29
         )
+        if self.software:  # chunks are in images
+            rows = self.wgpu.limits["max-texture-dimension-2d"]
+            self.max_binding_bytes = min(
+                self.max_binding_bytes, rows * _IMAGE_WIDTH * _CHUNK_BYTES
+            )
         self.workgroup_memory = limits["max-compute-workgroup-storage-size"]
         self.max_workgroup_lanes = limits["max-compute-invocations-per-workgroup"]
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Of what kernels import, see `engine.kernel.shader_source`."""
+        return ("image",) * self.software + ("wide",) * self.int64
 
     @classmethod
     def open(cls, wanted: str | None = None) -> Device:
@@ -167,8 +179,8 @@ class Device:
         return buffer
 
     def destroy(self, buffer: Any) -> None:
-        """Free a buffer's memory once the GPU is done with it."""
-        self.allocated_bytes -= buffer.size
+        """Free a buffer's or a texture's memory once the GPU is done with it."""
+        self.allocated_bytes -= size_bytes(buffer)
         buffer.destroy()
 
     def upload(
@@ -180,6 +192,24 @@ class Device:
         if data.nbytes:
             self.write(buffer, data)
         return buffer
+
+    def upload_chunks(self, label: str, words: np.ndarray, padding_bytes: int) -> Any:
+        """What shaders/shared/words.wgsl reads: words, then zeros. A buffer, or a texture."""
+        if not self.software:
+            return self.upload(label, words, padding_bytes=padding_bytes)
+        row_bytes = _IMAGE_WIDTH * _CHUNK_BYTES
+        height = -(-(words.nbytes + padding_bytes) // row_bytes)
+        usage = wgpu.TextureUsage.STORAGE_BINDING | wgpu.TextureUsage.COPY_DST
+        size = _IMAGE_WIDTH, height, 1
+        texture = self.wgpu.create_texture(
+            label=label, size=size, format=IMAGE_FORMAT, usage=usage
+        )
+        self.allocated_bytes += size_bytes(texture)
+        data = np.zeros(height * row_bytes // 4, np.uint32)
+        data[: words.size] = words
+        layout = dict(bytes_per_row=row_bytes, rows_per_image=height)
+        self.queue.write_texture(dict(texture=texture), data, layout, size)
+        return texture
 
     def write(self, buffer: Any, array: np.ndarray, offset_bytes: int = 0) -> None:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -229,6 +259,14 @@ class Device:
             label=_api.to_c_string_view(label),
         )
         return GPUShaderModule(label, create(self.wgpu._internal, descriptor, 0), self.wgpu)
+
+
+def size_bytes(resource: Any) -> int:
+    """Of a buffer or of a texture."""
+    if isinstance(resource, wgpu.GPUTexture):
+        return resource.width * resource.height * _CHUNK_BYTES
+    size: int = resource.size
+    return size
 
 
 _outcomes: dict[int, tuple[int, str]] = {}  # of mappings, by their numbers

@@ -25,7 +25,7 @@ from codec.classes import TILE
 from codec.lossless import AnyMatrix, LosslessMatrix, exponent_tables
 from codec.matrix import CodedMatrix
 from codec.table import decode_tables
-from engine.device import STORAGE, UNIFORM
+from engine.device import STORAGE, UNIFORM, size_bytes
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
 from model.activations import UNIFORM_BLOCKS, Activations, Output, Step, Then, uniform_tokens
@@ -212,7 +212,7 @@ class GpuMatrix:
         part = _Part(
             begin,
             rows,
-            device.upload(f"{label}.words", words, padding_bytes=self._guard_bytes(m)),
+            device.upload_chunks(f"{label}.words", words, self._guard_bytes(m)),
             device.upload(f"{label}.row_info", info),
             device.upload(f"{label}.entries", entries),
             device.upload(f"{label}.mantissas", tiled_fields(floats, numbers)) if floats else None,
@@ -260,7 +260,7 @@ class GpuMatrix:
     def read_bytes(self) -> int:
         """Bytes that one matvec reads of the matrix."""
         buffers = [buffer for part in self.parts for buffer in part.buffers.values()]
-        return sum(buffer.size for buffer in [*buffers, self.table, self.outliers])
+        return sum(map(size_bytes, [*buffers, self.table, self.outliers]))
 
     def destroy(self) -> None:
         """Give the memory back; the matrix is of no use afterwards."""
@@ -288,9 +288,12 @@ class GpuMatrix:
         """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
         if self.floats:
-            name, activations = "matvec_float", dict(x=x.digits)
+            name, activations, variants = "matvec_float", dict(x=x.digits), ()
         else:
-            name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
+            uniform = x.uniform(tokens * digits * self.n_blocks) if self.whole_rows else None
+            variants = ("uniform",) if uniform else ()
+            inputs = uniform or x
+            name, activations = "matvec", dict(in_digits=inputs.digits, in_scale=inputs.scale)
             overrides["digits"] = digits
         tile, lanes = TILE, TILE * self.segments_per_group
         if self.whole_rows:
@@ -309,10 +312,15 @@ class GpuMatrix:
             if not self.whole_rows:
                 params["rows_padded"] = part.rows_padded
             if not then:
-                kernel = self.kernels.get(name, **overrides)
+                kernel = self.kernels.get(name, *variants, **overrides)
             else:
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
+                    f"{name}_then",
+                    *variants,
+                    gated=then.gated,
+                    splits=y.splits,
+                    lanes=lanes,
+                    **overrides,
                 )
                 params["dim"] = then.dim
                 after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)

@@ -115,7 +115,7 @@ def test_a_row_of_many_is_what_it_is_alone(
     assert np.isnan(got[y.splits * tokens * m.rows :]).all()
     together = got[: y.splits * tokens * m.rows].reshape(y.splits, tokens, m.rows)
     for t in (0, 7, 12):
-        one = Activations(*(kernels.device.upload("of one", v[t]) for v in (digits, scale)))
+        one = Activations.upload(kernels.device, "of one", digits[t], scale[t])
         run(kernels.device, Plan(gpu.matvec(one, y, tokens=1, digits=1)))
         alone = kernels.device.read(y.buffer, np.float32, (y.splits, m.rows))
         assert (together[:, t] == alone).all()
@@ -141,7 +141,7 @@ def test_whole_numbers_come_out_exactly(
     scale = np.stack([np.ones_like(sums), sums], axis=-1)
     device = kernels.device
     y = gpu.output("y", 1)
-    a = Activations(device.upload("digits", x), device.upload("scale", scale))
+    a = Activations.upload(device, "x", x, scale)
     run(device, Plan(gpu.matvec(a, y, tokens=1, digits=1)))
     got = device.read(y.buffer, np.float32, (y.splits, m.rows)).sum(axis=0)
     assert (got == q @ x[0, 0, : m.cols].astype(np.int64)).all()

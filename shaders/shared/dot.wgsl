@@ -1,7 +1,5 @@
 // Dot products of decoded weights with activations in int8 digits: the integer sums are exact. Beside it stands
-// digits.wgsl. The importer provides  in_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),
-// in_scale: array<vec2<f32>>  (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset: f32
-// (min_symbol << raw_bits).
+// digits.wgsl and inputs.wgsl. The importer provides  params.n_blocks  and  params.offset: f32  (min_symbol << raw_bits).
 
 const DIGIT = 1.0 / 254.0;
 
@@ -24,7 +22,7 @@ fn block_dot(a: Weights, b: Weights, token: u32, block: u32, offset: f32) -> f32
 }
 
 fn scaled(dot: f32, token: u32, block: u32, offset: f32) -> f32 {
-  let x = in_scale[token * params.n_blocks + block];
+  let x = block_scale(token * params.n_blocks + block);
   return dot * x.x + offset * x.y;
 }
 
@@ -32,6 +30,12 @@ fn dot16(w: Weights, x: vec4<u32>) -> i32 {
   let dot = dot_bytes(w.high, x);
   if (raw_bits <= 2u) { return dot; }
   return (dot << raw_bits) + dot_bytes(w.low, x);
+}
+
+fn dot4(w: vec2<u32>, x: u32) -> i32 {  // bytes of `high`, of `low`
+  let dot = dot4I8Packed(w.x, x);
+  if (raw_bits <= 2u) { return dot; }
+  return (dot << raw_bits) + dot4I8Packed(w.y, x);
 }
 
 fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
@@ -46,7 +50,7 @@ fn activation(token: u32, column: u32) -> f32 {
     let group = 2u * params.n_blocks;
     x += DIGIT * (digit_at(first + group, column) + DIGIT * digit_at(first + 2u * group, column));
   }
-  return x * in_scale[token * params.n_blocks + (column >> 5u)].x;
+  return x * block_scale(token * params.n_blocks + (column >> 5u)).x;
 }
 
 fn digit_at(group: u32, column: u32) -> f32 {

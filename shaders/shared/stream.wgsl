@@ -1,7 +1,6 @@
 // A bit stream read sixteen bytes at a time, most significant bit first. The chunks of `interleave` neighbouring rows
 // alternate, so that their lanes walk through memory together: on a GPU the chunks that 32 lanes load lie side by side,
-// and a CPU's prefetcher sees a straight line. Beside it stands funnel.wgsl; the importer provides
-// words: array<vec4<u32>>.
+// and a CPU's prefetcher sees a straight line. Beside it stand funnel.wgsl and words.wgsl.
 
 override interleave: u32;
 
@@ -24,7 +23,7 @@ fn open_stream(bit: u32, offset: u32, state: u32, table: u32) -> Stream {
   let pos = (bit & 127u) + offset;
   let chunk = (bit >> 7u) + (pos >> 7u) * interleave;
   let next = chunk + interleave;
-  var s = Stream(state, table, pos & 127u, 0u, next, words[chunk], words[next], 0u, 0u, 0u, 0u);
+  var s = Stream(state, table, pos & 127u, 0u, next, chunk_at(chunk), chunk_at(next), 0u, 0u, 0u, 0u);
   align(&s);
   return s;
 }
@@ -83,12 +82,12 @@ fn cross_chunk(s: ptr<function, Stream>, crossed: bool) {
     if (crossed) {
       (*s).a = (*s).b;
       (*s).next += interleave;
-      (*s).b = words[(*s).next];
+      (*s).b = chunk_at((*s).next);
     }
   } else {
     (*s).a = select((*s).a, (*s).b, crossed);
     (*s).next += select(0u, interleave, crossed);
-    (*s).b = words[(*s).next];
+    (*s).b = chunk_at((*s).next);
   }
 }
 

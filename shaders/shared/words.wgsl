@@ -1,0 +1,6 @@
+// The streams of a coded matrix, by chunks of sixteen bytes. On software adapters words_image.wgsl takes the place of this
+// file.
+
+@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
+
+fn chunk_at(i: u32) -> vec4<u32> { return words[i]; }
