@@ -155,7 +155,6 @@ class GpuMatrix:
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
         self.table = device.upload(f"{name}.table", tables, STORAGE | UNIFORM)
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
-        self.interleave = _SOFTWARE_LANES if self.whole_rows else TILE
         self._order = classes.device_order(m.classes)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
@@ -197,12 +196,12 @@ class GpuMatrix:
         """
         cols = -(-m.cols // BLOCK) * BLOCK
         bits = (m.log2_states + m.group * m.raw_bits) * cols // m.group
-        return self.interleave * (bits // 8 + 64)
+        return TILE * (bits // 8 + 64)
 
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> _Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
         numbers = self._order[begin:end]
-        words, bits = interleaved_streams(m, numbers, self.interleave)
+        words, bits = interleaved_streams(m, numbers)
         self._by_number[numbers] = row_info(m, numbers, bits, np.arange(begin, end))
         info = np.zeros((padded, 4), np.uint32)
         info[:rows] = row_info(m, numbers, bits, numbers)
@@ -242,7 +241,6 @@ class GpuMatrix:
             n_states=self.n_states,
             group_size=self._group,
             **self._raw_bits,
-            interleave=self.interleave,
         )
 
     def _segments(self, tokens: int) -> dict[str, int]:

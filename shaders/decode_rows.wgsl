@@ -11,7 +11,7 @@
 //#import planes
 //#import bytes
 
-const LANES = 8u;  // one AVX2 vector; the rows that interleave
+const LANES = 8u;  // one AVX2 vector
 
 struct Params {
   first_row: u32,  // of the part's rows

@@ -12,7 +12,7 @@
 //#import sums
 //#import dot_float
 
-const LANES = 8u;  // one AVX2 vector; the rows that interleave
+const LANES = 8u;  // one AVX2 vector
 const ROWS = 4u;   // of a lane: the activations are loaded once for all of them
 
 struct Params {

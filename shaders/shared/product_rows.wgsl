@@ -2,7 +2,7 @@
 // Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table_rows.wgsl, sums.wgsl and dot.wgsl; the importer provides
 // fn store_y(i, value)  and  params.rows, params.y_rows.
 
-const LANES = 8u;  // one AVX2 vector; the rows that interleave
+const LANES = 8u;  // one AVX2 vector
 const ROWS = 4u;   // of a lane: the activations are loaded once for all of them
 
 // Rows first, first + LANES, ... times a factor.

@@ -4,3 +4,12 @@
 @group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
 
 fn chunk_at(i: u32) -> vec4<u32> { return words[i]; }
+
+// Lanes that need no chunk load none: fewer cache lines a load.
+fn cross_chunk(s: ptr<function, Stream>, crossed: bool) {
+  if (crossed) {
+    (*s).a = (*s).b;
+    (*s).next += INTERLEAVE;
+    (*s).b = chunk_at((*s).next);
+  }
+}
