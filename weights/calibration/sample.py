@@ -69,6 +69,8 @@ def sample_tokens(
     groups = [slice(begin, begin + _TEXTS) for begin in range(0, n_sequences, _TEXTS)]
     n_cores, stopped = os.cpu_count() or 1, Event()
 
+    # Where a damaged model's numbers are too large, the calibration will say so.
+    @np.errstate(over="ignore", invalid="ignore")
     def write(group: slice) -> None:
         texts = tokens[group]  # (texts, length), a view
         model = BatchedLlama(c, weights, len(texts), length, spread)
