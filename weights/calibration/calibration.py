@@ -133,7 +133,8 @@ def own_text(
     work_dir: str | Path,
     progress: Progress,
 ) -> Tokens:
-    """`sample_tokens`, remembered in `work_dir`: the next rate, or the next try, has it at once.
+    """`sample_tokens`, remembered in `work_dir`: the next rate, or the next try, has it at once,
+    or the part that is done.
 
     `encode` makes token ids of openings.
     """
@@ -143,8 +144,11 @@ def own_text(
         if path.is_file():
             return np.asarray(_load_array(path))
         openings = [encode(opening) for opening in OPENINGS]
-        tokens = sample_tokens(source, n_windows, length, openings, progress=progress)
+        parts = path.with_suffix("")
+        parts.mkdir(exist_ok=True)
+        tokens = sample_tokens(source, n_windows, length, openings, progress=progress, folder=parts)
         _save_array(path, tokens)
+        shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
         raise EngineError(f"{path}: cannot be kept ({error.strerror or error})") from None
     return tokens
