@@ -1,6 +1,7 @@
 // A bit stream read sixteen bytes at a time, most significant bit first. The chunks of a tile's rows alternate, so that
 // those who decode them walk through memory together: on a GPU the chunks that 32 lanes load lie side by side, and a CPU's
-// prefetcher sees a straight line. Beside it stand funnel.wgsl and words.wgsl.
+// prefetcher sees a straight line. A GPU fetches a chunk long before it is needed, as memory is far away.
+// Beside it stand funnel.wgsl and words.wgsl.
 
 const INTERLEAVE = 32u;  // rows of a tile
 
@@ -12,6 +13,7 @@ struct Stream {
   next: u32,   // index of b
   a: vec4<u32>,
   b: vec4<u32>,
+  c: vec4<u32>,  // on its way; not on a CPU
   w0: u32,     // the next bits when refilled, as many as ans.wgsl's most_bits asks for; ever fewer until it is again
   w1: u32,
   w2: u32,
@@ -23,7 +25,8 @@ fn open_stream(bit: u32, offset: u32, state: u32, table: u32) -> Stream {
   let pos = (bit & 127u) + offset;
   let chunk = (bit >> 7u) + (pos >> 7u) * INTERLEAVE;
   let next = chunk + INTERLEAVE;
-  var s = Stream(state, table, pos & 127u, 0u, next, chunk_at(chunk), chunk_at(next), 0u, 0u, 0u, 0u);
+  var s = Stream(state, table, pos & 127u, 0u, next, chunk_at(chunk), chunk_at(next), chunk_at(next + INTERLEAVE),
+                 0u, 0u, 0u, 0u);
   align(&s);
   return s;
 }

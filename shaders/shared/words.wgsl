@@ -9,7 +9,8 @@ fn chunk_at(i: u32) -> vec4<u32> { return words[i]; }
 fn cross_chunk(s: ptr<function, Stream>, crossed: bool) {
   if (crossed) {
     (*s).a = (*s).b;
+    (*s).b = (*s).c;
     (*s).next += INTERLEAVE;
-    (*s).b = chunk_at((*s).next);
+    (*s).c = chunk_at((*s).next + INTERLEAVE);
   }
 }
