@@ -115,9 +115,7 @@ class Device:
         )
         if self.software:  # chunks are in images
             rows = self.wgpu.limits["max-texture-dimension-2d"]
-            self.max_binding_bytes = min(
-                self.max_binding_bytes, rows * _IMAGE_WIDTH * _CHUNK_BYTES
-            )
+            self.max_binding_bytes = min(self.max_binding_bytes, rows * _IMAGE_WIDTH * _CHUNK_BYTES)
         self.workgroup_memory = limits["max-compute-workgroup-storage-size"]
         self.max_workgroup_lanes = limits["max-compute-invocations-per-workgroup"]
 
@@ -201,9 +199,7 @@ class Device:
         height = -(-(words.nbytes + padding_bytes) // row_bytes)
         usage = wgpu.TextureUsage.STORAGE_BINDING | wgpu.TextureUsage.COPY_DST
         size = _IMAGE_WIDTH, height, 1
-        texture = self.wgpu.create_texture(
-            label=label, size=size, format=IMAGE_FORMAT, usage=usage
-        )
+        texture = self.wgpu.create_texture(label=label, size=size, format=IMAGE_FORMAT, usage=usage)
         self.allocated_bytes += size_bytes(texture)
         data = np.zeros(height * row_bytes // 4, np.uint32)
         data[: words.size] = words

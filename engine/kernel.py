@@ -153,9 +153,7 @@ class Kernel:
         if constants and self.device.constants:
             key = tuple(constants.items())
             if key not in self._of_constants:
-                kernel = Kernel(
-                    self.device, self.name, self._variants, constants, **self.overrides
-                )
+                kernel = Kernel(self.device, self.name, self._variants, constants, **self.overrides)
                 self._of_constants[key] = kernel
             return self._of_constants[key].dispatch(workgroups, params, **buffers)
         params = {**self._constants, **(constants or {}), **(params or {})}
@@ -197,7 +195,7 @@ class Kernels:
         """`variants`: of what the kernel imports, besides those that the device needs."""
         key = name, self.device.variants, variants, tuple(sorted(overrides.items()))
         if key not in self._made:
-            self._made[key] = Kernel(self.device, name, variants, **overrides)
+            self._made[key] = Kernel(self.device, name, variants, None, **overrides)
         return self._made[key]
 
     def wait(self) -> None:

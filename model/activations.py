@@ -15,6 +15,7 @@ from model.gpu_layout import BLOCK
 
 FLOAT = 4  # bytes of an activation, for which there are n_digits otherwise
 UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what a kernel has in uniform memory
+UNIFORM_BYTES = UNIFORM_BLOCKS * (BLOCK + 8)  # of digits and of scales
 
 
 @dataclass(frozen=True)

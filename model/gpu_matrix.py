@@ -254,7 +254,9 @@ class GpuMatrix:
     def _segments(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
         lanes = TILE * self.segments_per_group
-        room = self.kernels.device.workgroup_memory - 4 * self._copies * self.n_states - _OTHER_BYTES
+        room = (
+            self.kernels.device.workgroup_memory - 4 * self._copies * self.n_states - _OTHER_BYTES
+        )
         # Of all tokens at once compilers make slow loops (H100: 152 instead of 92 us for 8).
         most = max(1, min(_SUMS_AT_ONCE, tokens // 2, room // (4 * lanes)))
         at_once = min(self.segments_per_group, most)
@@ -293,13 +295,13 @@ class GpuMatrix:
         `eps`: x comes from such a norm, which has left its factor to this matvec.
         """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
+        variants = []
         if self.floats:
-            name, activations, variants = "matvec_float", dict(x=x.digits), ()
+            name, activations = "matvec_float", dict(x=x.digits)
         else:
-            uniform = x.uniform(tokens * digits * self.n_blocks) if self.whole_rows else None
-            variants = ("uniform",) if uniform else ()
-            inputs = uniform or x
-            name, activations = "matvec", dict(in_digits=inputs.digits, in_scale=inputs.scale)
+            if self.whole_rows and (few := x.uniform(tokens * digits * self.n_blocks)):
+                variants, x = ["uniform"], few
+            name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
             overrides["digits"] = digits
         tile, lanes = TILE, TILE * self.segments_per_group
         if self.whole_rows:
