@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -272,9 +273,28 @@ class GpuMatrix:
         size = 4 * self.splits * tokens * self.rows
         return Output(self.kernels.device.empty(label, size), self.splits)
 
+    def gates(self, digits: int) -> bool:
+        """Whether a matvec of one token, and what comes `then`, had better make x of gate and up.
+
+        Every tile's workgroups make it again, of the columns of a split: a quad a lane at most, in
+        less time than a launch takes.
+        """
+        lanes, blocks = TILE * self.segments_per_group, self._split_blocks
+        if self.whole_rows or self.floats or self.cols % 4 or blocks * BLOCK > 4 * lanes:
+            return False
+        # Beside the table four arrays of a word a lane: shaders/swiglu_matvec_then.wgsl.
+        room = 4 * _MAX_TABLE + 16 * lanes + blocks * (BLOCK * digits + 8) + _OTHER_BYTES
+        return room <= self.kernels.device.workgroup_memory
+
+    @property
+    def _split_blocks(self) -> int:
+        """Most blocks of a split."""
+        ends = [self._first_block(i * self.segments_per_group) for i in range(self.splits + 1)]
+        return max(end - begin for begin, end in pairwise(ends))
+
     def matvec(
         self,
-        x: Activations,
+        x: Activations | Output,
         y: Output,
         *,
         tokens: int,
@@ -284,10 +304,15 @@ class GpuMatrix:
     ) -> Iterator[Dispatch]:
         """y[split, t] = the split's share of W x[t]; and, for one token, what comes `then`.
 
-        `eps`: x comes from such a norm, which has left its factor to this matvec.
+        `eps`: x comes from such a norm, which has left its factor to this matvec. Instead of x there
+        may be gate | up, of which x = silu(gate) * up, where the matrix `gates`.
         """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
-        if self.floats:
+        if isinstance(x, Output):
+            assert then
+            name, activations = "swiglu_matvec", dict(gate_up=x.buffer)
+            overrides |= dict(digits=digits, gate_splits=x.splits, split_blocks=self._split_blocks)
+        elif self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
         else:
             name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
@@ -305,6 +330,9 @@ class GpuMatrix:
             after: dict[str, Any] = {}
             if not self.floats:
                 params |= dict(norm_dim=0 if eps is None else self.cols, norm_eps=eps or 0.0)
+            if isinstance(x, Output):
+                params["cols"] = self.cols
+            elif not self.floats:
                 after["squares"] = x.squares or x.scale
             if not self.whole_rows:
                 params["rows_padded"] = part.rows_padded

@@ -238,10 +238,13 @@ class Llama:
             # On a GPU it is longer about the counts of so many rows than a launch takes.
             then = self._then_swiglu() if fused and self.device.software else None
             yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, eps=eps, then=then)
-            if then is None:
+            h: Activations | Output = self.h
+            if fused and layer.down_proj.gates(self.digits):
+                h = self.gate_up
+            elif then is None:
                 yield do.swiglu(tokens, self.gate_up, out=self.h)
             then = self._then_norm(norms[i + 1]) if fused else None
-            yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
+            yield from layer.down_proj.matvec(h, self.down, **n, then=then)
 
     @property
     def _normed(self) -> dict[str, Any]:

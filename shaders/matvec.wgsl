@@ -10,6 +10,7 @@
 //#import table
 //#import sums
 //#import digits
+//#import input
 //#import dot
 //#import norm_factor
 //#import segments

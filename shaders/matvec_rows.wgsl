@@ -10,6 +10,7 @@
 //#import table_rows
 //#import sums
 //#import digits
+//#import input
 //#import dot
 //#import norm_factor
 //#import product_rows

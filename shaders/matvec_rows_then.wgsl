@@ -8,6 +8,7 @@
 //#import table_rows
 //#import sums
 //#import digits
+//#import input
 //#import dot
 //#import product_rows
 //#import norm_factor

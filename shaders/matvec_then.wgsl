@@ -9,6 +9,7 @@
 //#import table
 //#import sums
 //#import digits
+//#import input
 //#import dot
 //#import segments
 //#import product

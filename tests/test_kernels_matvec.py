@@ -26,7 +26,7 @@ from codec.matrix import decode_matrix, dequantize, encode_matrix, entry_points
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model import reference
-from model.activations import FLOAT, Activations, Then
+from model.activations import FLOAT, Activations, Output, Then
 from model.gpu_matrix import GpuMatrix
 from model.llama import MAX_TOKENS
 from model.rows import MATVEC_ROWS
@@ -436,3 +436,73 @@ def test_a_matvec_multiplies_by_a_norms_factor(
     want *= 1 / np.sqrt(squares.sum(dtype=np.float64) / m.cols + eps)
     got = device.read(y.buffer, np.float32, (y.splits, m.rows))
     assert_close(got, want, (squares.size / 2 + 8) * F32 * np.abs(want))
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "cols", "n_segments", "most"), [(70, 332, 6, 99), (33, 1036, 24, 99), (65, 620, 20, 4)]
+)
+def test_a_matvec_makes_its_input_of_gate_and_up(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    rows: int,
+    cols: int,
+    n_segments: int,
+    most: int,
+    digits: int,
+) -> None:
+    """As if swiglu had left it in memory: without outliers, which lanes add in another order, bit
+    for bit."""
+    monkeypatch.setattr(kernels.device, "software", False)
+    device, gate_splits = kernels.device, 2
+    q = np.round(rng.laplace(size=(rows, cols)) * 2.5).clip(-most, most).astype(np.int32)
+    m = encode_matrix(q, rng.integers(-60, -20, rows).astype(np.int16), 11)
+    assert (m.outliers.size == 0) == (most == 4)
+    gpu = GpuMatrix(kernels, "w", m, n_segments=n_segments)
+    assert gpu.gates(digits) and gpu.splits == -(-n_segments // 16)
+    values = (rng.normal(size=(gate_splits, 1, 2 * cols)) * 4).astype(np.float32)
+    gate_up = Output(device.upload("gate_up", values), gate_splits)
+    h = Activations.empty(device, "h", 1, digits, cols)
+    swiglu = kernels.get("swiglu", lanes=64, digits=digits, splits=gate_splits).dispatch(
+        [-(-gpu.n_blocks * 8 // 64), 1],
+        dict(hidden_dim=cols, n_blocks=gpu.n_blocks, tokens=1),
+        y=gate_up.buffer,
+        x_digits=h.digits,
+        x_scale=h.scale,
+    )
+    weight = device.upload("weight", rng.normal(1, 0.3, rows).astype(np.float32))
+    x0 = rng.normal(size=rows).astype(np.float32)
+    found = []
+    for given in (h, gate_up):
+        x, y = device.upload("x", x0), gpu.output("y", 1)
+        out = Activations.empty(device, "out", 1, digits, rows)
+        arrived = device.empty("arrived", 4 * -(-rows // 32))
+        then = Then(False, rows, x, weight, out, arrived)
+        product = gpu.matvec(given, y, tokens=1, digits=digits, then=then)
+        run(device, Plan([swiglu, *product] if given is h else [*product]))
+        parts = device.read(y.buffer, np.float32, (y.splits, rows))
+        got = read_activations(device, out, 1, digits, rows)
+        found.append([parts, device.read(x, np.float32, (rows,)), *got.values()])
+    if most == 4:
+        assert all((a == b).all() for a, b in zip(*found, strict=True))
+    want = read_activations(device, h, 1, digits, cols)["x"]
+    scale = m.scale.astype(np.float64)
+    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
+    terms = np.abs(want) @ (symbols * scale[:, None]).T
+    for parts, *_ in found:  # as in test_matvec
+        y64 = parts.sum(axis=0, dtype=np.float64)[None]
+        assert_close(y64, want @ dequantize(m).T, (gpu.n_blocks + 8) * F32 * terms)
+
+
+def test_a_matvec_makes_its_input_only_where_lanes_are_enough(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", False)
+    m = coded(rng, 33, 1036, 2.5, 11)
+    few, enough = (GpuMatrix(kernels, "w", m, n_segments=n) for n in (8, 11))
+    assert enough.gates(1) and not few.gates(1)  # 33 blocks are 264 quads
+    assert not GpuMatrix(kernels, "w", coded(rng, 33, 1034, 2.5, 11)).gates(1)
+    monkeypatch.setattr(kernels.device, "workgroup_memory", 1 << 14)
+    assert not enough.gates(1)
