@@ -62,6 +62,7 @@ var<workgroup> corrections: vec4<f32>;
 struct Heads { a: Pair, b: Pair, c: Pair, d: Pair }
 struct Row { vectors: Vectors, scale: vec2<f32> }
 struct Rows { a: Row, b: Row, c: Row, d: Row }  // of the positions that a lane has under way
+struct Own { is_there: bool, key: Row, value: Row }
 
 struct Lane {
   token: u32,
@@ -126,13 +127,13 @@ fn query(head: u32, quad: u32) -> Pair {
 // Puts into the cache what the workgroup is going to read and no earlier pass has written: of its tiles, which are every
 // n_used-th from `first_tile` on. Other workgroups of the kv head, and later tokens of the sequence, write the same: it is
 // the same arithmetic on the same numbers, so whichever write comes last leaves the same bits, and nobody waits for another.
-fn write_cache(lane: u32, kv_head: u32, token: u32, first_tile: u32, n_used: u32) {
-  let i = lane % half_quads;
-  for (var begin = first_of_sequence(token); begin <= token; begin += n_groups) {
-    // Lanes of other warps than have the queries come first.
-    let source = begin + (lane / half_quads + (n_groups + 1u) / 2u) % n_groups;
+// A lane writes what it will read; what it wrote last it also returns.
+fn write_cache(l: Lane, lane: u32, kv_head: u32, first_tile: u32, n_used: u32) -> Own {
+  var own: Own;
+  for (var begin = first_of_sequence(l.token); begin <= l.token; begin += n_groups) {
+    let source = begin + (l.group + n_groups - row_position(begin) % n_groups) % n_groups;
     var pos = 0u;
-    var is_mine = lane < n_groups * half_quads && source <= token;
+    var is_mine = l.group < n_groups && source <= l.token;
     if (is_mine) {
       pos = row_position(source);
       is_mine = pos / tile_size >= first_tile && (pos / tile_size - first_tile) % n_used == 0u;
@@ -140,22 +141,38 @@ fn write_cache(lane: u32, kv_head: u32, token: u32, first_tile: u32, n_used: u32
     var k: Pair;
     var v: Pair;
     if (is_mine) {
-      k = rotated(projected(source, params.n_heads + kv_head, i), pos, i);
-      v = projected(source, params.n_heads + params.n_kv_heads + kv_head, i);
+      k = rotated(projected(source, params.n_heads + kv_head, l.quad), pos, l.quad);
+      v = projected(source, params.n_heads + params.n_kv_heads + kv_head, l.quad);
     }
     var most = vec3<f32>(0.0);
     if (min(key_bits, value_bits) < 16u) {
       shares[lane] = vec4<f32>(largest_of(k, v), 0.0);
       workgroupBarrier();
-      for (var n = lane - i; n < min(lane - i + half_quads, lanes); n++) { most = max(most, shares[n].xyz); }
+      let first = lane - l.quad;
+      for (var n = first; n < min(first + half_quads, lanes); n++) { most = max(most, shares[n].xyz); }
       workgroupBarrier();
     }
     if (is_mine) {
       let row = kv_head * params.max_pos + cache_position(source, pos);
-      store_key(row, i, k, most.x);
-      store_value(row, i, v, most.yz);
+      store_key(row, l.quad, k, most.x);
+      store_value(row, l.quad, v, most.yz);
+      own.key = Row(packed_key(k, most.x), vec2<f32>(packed_key_scale(most.x)));
+      own.value = Row(packed_value(v, most.yz), packed_value_scale(most.yz));
+      own.is_there = true;
     }
   }
+  return own;
+}
+
+fn replaced(rows: Rows, j: u32, row: Row) -> Rows {
+  var next = rows;
+  switch j {
+    case 0u: { next.a = row; }
+    case 1u: { next.b = row; }
+    case 2u: { next.c = row; }
+    default: { next.d = row; }
+  }
+  return next;
 }
 
 // Element k of quad c of a head. What this shader joins itself has neighbouring quads side by side, as lanes load them.
@@ -208,28 +225,41 @@ fn main(
   var tile = select(end_tile, first_tile + split, split < n_used);
   var keys = key_rows(l, tile);  // they come from far away, and are on their way while q is made
   var values = value_rows(l, tile);
-  if (l.group < 4u) {
+  // Lanes of other warps than have the newest key.
+  let my_head = (l.group + 2u * n_groups - pos % n_groups - n_groups / 2u) % n_groups;
+  if (l.group < n_groups && my_head < 4u) {
     var q = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
-    if (l.group < n_heads) { q = rotated(projected(token, first_head + l.group, l.quad), pos, l.quad); }
-    query_lo[lane] = q.lo;
-    query_hi[lane] = q.hi;
+    if (my_head < n_heads) { q = rotated(projected(token, first_head + my_head, l.quad), pos, l.quad); }
+    query_lo[my_head * half_quads + l.quad] = q.lo;
+    query_hi[my_head * half_quads + l.quad] = q.hi;
   }
-  write_cache(lane, kv_head, token, tile, n_used);
-  storageBarrier();
+  var own = write_cache(l, lane, kv_head, tile, n_used);
+  let first = first_of_sequence(token);
+  if (first < token) {  // the pass has more of the sequence, which other lanes may have written
+    own.is_there = false;
+    storageBarrier();
+    workgroupBarrier();
+    if (tile < end_tile && (tile + 1u) * tile_size > row_position(first)) {
+      keys = key_rows(l, tile);
+      values = value_rows(l, tile);
+    }
+  }
   workgroupBarrier();
-  if (tile < end_tile && (tile + 1u) * tile_size > row_position(first_of_sequence(token))) {  // this pass's are in it
-    keys = key_rows(l, tile);
-    values = value_rows(l, tile);
-  }
 
+  // Groups that have positions at all: the others' lanes would be about nothing.
+  let n_filled = min(n_groups, pos + 1u - first_tile * tile_size);
   let head = lane % 4u;  // whose scores the lane adds up, of every (lanes / 4)-th position
   let nothing = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
   var running_max = NEVER;
   var sum = 0.0;
   var mixed = Heads(nothing, nothing, nothing, nothing);
   for (; tile < end_tile; tile += n_used) {
+    if (own.is_there && tile + 1u == end_tile) {
+      keys = replaced(keys, pos % tile_size / n_groups, own.key);
+      values = replaced(values, pos % tile_size / n_groups, own.value);
+    }
     let q = Heads(query(0u, l.quad), query(1u, l.quad), query(2u, l.quad), query(3u, l.quad));
-    if (l.group < n_groups) {
+    if (l.group < n_filled) {
       let at = l.group * stride + l.quad;
       shares[at] = dots(q, scaled(keys.a, l.quad, key_bits));
       shares[at + n_groups * stride] = dots(q, scaled(keys.b, l.quad, key_bits));
@@ -241,10 +271,13 @@ fn main(
     workgroupBarrier();
     var most = NEVER;
     for (var i = lane / 4u; i < tile_size; i += lanes / 4u) {
-      var score = 0.0;
-      for (var quad = 0u; quad < half_quads; quad++) { score += shares[i * stride + quad][head]; }
       let at = tile * tile_size + i;
-      score = select(NEVER, score * params.scale, at >= seen_from && at <= pos);
+      var score = NEVER;
+      if (at >= seen_from && at <= pos) {
+        score = 0.0;
+        for (var quad = 0u; quad < half_quads; quad++) { score += shares[i * stride + quad][head]; }
+        score *= params.scale;
+      }
       weights[i][head] = score;
       most = max(most, score);
     }
@@ -259,7 +292,7 @@ fn main(
       sum += weight;
     }
     workgroupBarrier();
-    if (l.group < n_groups) {
+    if (l.group < n_filled) {
       let c = corrections;
       mixed = Heads(times(mixed.a, c.x), times(mixed.b, c.y), times(mixed.c, c.z), times(mixed.d, c.w));
       mixed = add_all(mixed, weights[l.group], scaled(values.a, l.quad, value_bits));
@@ -290,7 +323,7 @@ fn main(
   }
   if (h < min(heads, 2u)) {
     let begin = (2u * h + c / half_quads) * lanes + c % half_quads;
-    for (var i = 0u; i < n_groups; i++) { v += shares[begin + i * half_quads]; }
+    for (var i = 0u; i < n_filled; i++) { v += shares[begin + i * half_quads]; }
   }
   workgroupBarrier();
   if (heads > 2u) {
@@ -303,7 +336,7 @@ fn main(
     workgroupBarrier();
     if (h >= 2u && h < heads) {
       let begin = (2u * (h - 2u) + c / half_quads) * lanes + c % half_quads;
-      for (var i = 0u; i < n_groups; i++) { v += shares[begin + i * half_quads]; }
+      for (var i = 0u; i < n_filled; i++) { v += shares[begin + i * half_quads]; }
     }
   }
   let n_blocks = params.n_heads * params.head_dim / 32u;
@@ -314,13 +347,13 @@ fn main(
   }
 
   let slot = 8u * half_quads + 2u;  // of a split
-  let first = (token * params.n_heads + first_head) * n_splits * slot;
+  let first_slot = (token * params.n_heads + first_head) * n_splits * slot;
   if (h < n_heads) {
-    let out = first + (h * n_splits + split) * slot;
+    let out = first_slot + (h * n_splits + split) * slot;
     for (var k = 0u; k < 4u; k++) { store_partial(out + element(c, k), v[k]); }
   }
   if (lane < n_heads) {
-    let out = first + (lane * n_splits + split) * slot;
+    let out = first_slot + (lane * n_splits + split) * slot;
     store_partial(out + slot - 2u, running_max);
     store_partial(out + slot - 1u, total_of(lane));
   }
@@ -328,7 +361,7 @@ fn main(
     // Each split's factor, and its sum times that, of all heads; in `shares` behind a vector for each lane.
     for (var i = lane; i < 4u * n_used; i += lanes) {
       if (i % 4u < n_heads) {
-        let at = first + (i % 4u * n_splits + i / 4u + 1u) * slot;
+        let at = first_slot + (i % 4u * n_splits + i / 4u + 1u) * slot;
         shares[lanes + i / 4u][i % 4u] = load_partial(at - 2u);
         shares[lanes + n_splits + i / 4u][i % 4u] = load_partial(at - 1u);
       }
@@ -346,10 +379,10 @@ fn main(
     // So many lanes share a quad as there are for it, every `ways`-th split each.
     let n_quads = heads * of_quad;
     let ways = lanes / n_quads;
-    let my_head = lane % n_quads / of_quad;
+    let head = lane % n_quads / of_quad;
     v = vec4<f32>(0.0);
-    if (lane < ways * n_quads && my_head < n_heads) {
-      let begin = first + my_head * n_splits * slot;
+    if (lane < ways * n_quads && head < n_heads) {
+      let begin = first_slot + head * n_splits * slot;
       let my_quad = lane % of_quad;
       for (var s = lane / n_quads; s < n_used; s += 4u * ways) {
         let others = min(vec3<u32>(s) + vec3<u32>(1u, 2u, 3u) * ways, vec3<u32>(n_used - 1u));
@@ -358,10 +391,10 @@ fn main(
         let p1 = partial_quad(begin + others.x * slot, my_quad);
         let p2 = partial_quad(begin + others.y * slot, my_quad);
         let p3 = partial_quad(begin + others.z * slot, my_quad);
-        v += shares[lanes + s][my_head] * p0;
-        v += select(0.0, shares[lanes + others.x][my_head], there.x) * p1;
-        v += select(0.0, shares[lanes + others.y][my_head], there.y) * p2;
-        v += select(0.0, shares[lanes + others.z][my_head], there.z) * p3;
+        v += shares[lanes + s][head] * p0;
+        v += select(0.0, shares[lanes + others.x][head], there.x) * p1;
+        v += select(0.0, shares[lanes + others.y][head], there.y) * p2;
+        v += select(0.0, shares[lanes + others.z][head], there.z) * p3;
       }
     }
     shares[lane] = v;
