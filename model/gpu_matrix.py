@@ -29,7 +29,15 @@ from codec.table import decode_tables
 from engine.device import STORAGE, UNIFORM
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
-from model.activations import UNIFORM_BLOCKS, Activations, Output, Step, Then, uniform_tokens
+from model.activations import (
+    UNIFORM_BLOCKS,
+    Activations,
+    Output,
+    Residual,
+    Step,
+    Then,
+    uniform_tokens,
+)
 from model.gpu_layout import (
     BLOCK,
     CHUNK_BITS,
@@ -273,18 +281,19 @@ class GpuMatrix:
         size = 4 * self.splits * tokens * self.rows
         return Output(self.kernels.device.empty(label, size), self.splits)
 
-    def gates(self, digits: int) -> bool:
-        """Whether a matvec of one token, and what comes `then`, had better make x of gate and up.
-
-        Every tile's workgroups make it again, of the columns of a split: a quad a lane at most, in
-        less time than a launch takes.
+    def makes_input(self, digits: int, *, all_columns: bool = False) -> bool:
+        """Whether a matvec of one token had better make its input itself of what launches before
+        have left: every tile's workgroups do it again, of the columns of a split, in less time than
+        a launch takes if these are a quad a lane at most. `all_columns`: they need to see the
+        others too, as for a norm.
         """
-        lanes, blocks = TILE * self.segments_per_group, self._split_blocks
-        if self.whole_rows or self.floats or self.cols % 4 or blocks * BLOCK > 4 * lanes:
+        lanes, split = TILE * self.segments_per_group, self._split_blocks
+        seen = self.n_blocks if all_columns else split
+        if self.whole_rows or self.floats or self.cols % 4 or seen * BLOCK > 4 * lanes:
             return False
-        # Beside the table four arrays of a word a lane: shaders/swiglu_matvec_then.wgsl.
-        room = 4 * _MAX_TABLE + 16 * lanes + blocks * (BLOCK * digits + 8) + _OTHER_BYTES
-        return room <= self.kernels.device.workgroup_memory
+        # Beside the table four arrays of a word a lane, and the input.
+        room = 4 * _MAX_TABLE + 16 * lanes + split * (BLOCK * digits + 8) + _OTHER_BYTES
+        return bool(room <= self.kernels.device.workgroup_memory)
 
     @property
     def _split_blocks(self) -> int:
@@ -294,7 +303,7 @@ class GpuMatrix:
 
     def matvec(
         self,
-        x: Activations | Output,
+        x: Activations | Output | Residual,
         y: Output,
         *,
         tokens: int,
@@ -304,20 +313,29 @@ class GpuMatrix:
     ) -> Iterator[Dispatch]:
         """y[split, t] = the split's share of W x[t]; and, for one token, what comes `then`.
 
-        `eps`: x comes from such a norm, which has left its factor to this matvec. Instead of x there
-        may be gate | up, of which x = silu(gate) * up, where the matrix `gates`.
+        `eps`: x comes from such a norm, which has left its factor to this matvec. A matrix that
+        `makes_input` also takes a residual, of which x is the norm, or gate | up, of which x =
+        silu(gate) * up.
         """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
-        if isinstance(x, Output):
-            assert then
+        tile, lanes = TILE, TILE * self.segments_per_group
+        activations: dict[str, Any]
+        if isinstance(x, Residual):
+            name, activations = "norm_matvec", dict(x=x.x, added=x.added.buffer)
+            activations |= dict(weight=x.weight, x_out=x.out)
+            overrides |= dict(added_splits=x.added.splits)
+        elif isinstance(x, Output):
             name, activations = "swiglu_matvec", dict(gate_up=x.buffer)
-            overrides |= dict(digits=digits, gate_splits=x.splits, split_blocks=self._split_blocks)
+            overrides |= dict(gate_splits=x.splits)
         elif self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
         else:
             name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
+        if not self.floats:
             overrides["digits"] = digits
-        tile, lanes = TILE, TILE * self.segments_per_group
+        made = not isinstance(x, Activations)
+        if made:
+            overrides["split_blocks"] = self._split_blocks
         if self.whole_rows:
             name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
         else:
@@ -332,15 +350,17 @@ class GpuMatrix:
                 params |= dict(norm_dim=0 if eps is None else self.cols, norm_eps=eps or 0.0)
             if isinstance(x, Output):
                 params["cols"] = self.cols
-            elif not self.floats:
+            if isinstance(x, Activations) and not self.floats:
                 after["squares"] = x.squares or x.scale
             if not self.whole_rows:
                 params["rows_padded"] = part.rows_padded
+            if made or then:
+                overrides["lanes"] = lanes
             if not then:
                 kernel = self.kernels.get(name, **overrides)
             else:
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
+                    f"{name}_then", gated=then.gated, splits=y.splits, **overrides
                 )
                 params["dim"] = then.dim
                 after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)

@@ -6,6 +6,7 @@
 
 //#import state
 //#import digits
+//#import quantized
 //#import quantize
 //#import last
 //#import pairs

@@ -11,7 +11,9 @@
 //#import sums
 //#import digits
 //#import input
+//#import input_ready
 //#import dot
+//#import squares
 //#import norm_factor
 //#import segments
 //#import product

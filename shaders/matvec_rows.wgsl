@@ -12,6 +12,7 @@
 //#import digits
 //#import input
 //#import dot
+//#import squares
 //#import norm_factor
 //#import product_rows
 

@@ -11,8 +11,11 @@
 //#import input
 //#import dot
 //#import product_rows
+//#import squares
 //#import norm_factor
+//#import quantized
 //#import quantize
+//#import silu
 //#import gated
 //#import then
 

@@ -9,8 +9,11 @@
 //#import table
 //#import sums
 //#import digits
+//#import quantized
 //#import quantize
+//#import silu
 //#import gated
+//#import input_made
 //#import input_gated
 //#import dot
 //#import segments

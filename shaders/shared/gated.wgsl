@@ -1,7 +1,5 @@
-// h = silu(gate) * up (Shazeer 2020, eq. 5); gate and up are the halves of y. Beside it stands quantize.wgsl; the importer
-// provides  fn y_sum4(token, columns) -> vec4<f32>.
-
-fn silu(gate: vec4<f32>) -> vec4<f32> { return gate / (vec4<f32>(1.0) + exp(-gate)); }
+// h = silu(gate) * up (Shazeer 2020, eq. 5); gate and up are the halves of y. Beside it stand silu.wgsl and
+// quantize.wgsl; the importer provides  fn y_sum4(token, columns) -> vec4<f32>.
 
 fn gated4(token: u32, quad: u32, hidden_dim: u32) -> vec4<f32> {  // four columns
   let columns = columns_of(quad, hidden_dim);

@@ -11,10 +11,8 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   let segment = split * segments_per_group + local.y;
   let entry = entries[segment * params.rows_padded + tile * 32u + local.x];
   let v = begin_input(split, lane);
-  let share = share_of_squares(lane, 32u);
   // The stream is on its way before the table, which all must wait for.
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  if (lane < 32u) { shares[lane / 4u][lane % 4u] = share; }
   load_table(lane, 32u * segments_per_group, first_entry(row_info[tile * 32u]));
   end_input(v, lane);
   var sums = Sums();
