@@ -163,6 +163,9 @@ class GpuMatrix:
         if self.whole_rows:  # as much as matvec_rows declares
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
         self.table = device.upload(f"{name}.table", tables, STORAGE | UNIFORM)
+        # Twice a large table would take all of a multiprocessor's room for workgroups.
+        room = device.workgroup_memory - 4 * _MAX_GROUP_LANES - _OTHER_BYTES
+        self._copies = 2 if 2 * self.n_states <= min(_MAX_TABLE, room // 4) else 1
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
         self.interleave = _SOFTWARE_LANES if self.whole_rows else TILE
         self._order = classes.device_order(m.classes)
@@ -202,7 +205,7 @@ class GpuMatrix:
         """Zeros after the last row: no row reads further, whatever its bits say.
 
         The kernels decode whole blocks of 32 columns, at most log2_states / group + raw_bits bits
-        each, and fetch up to 32 bytes ahead.
+        each, and fetch up to 48 bytes ahead.
         """
         cols = -(-m.cols // BLOCK) * BLOCK
         bits = (m.log2_states + m.group * m.raw_bits) * cols // m.group
@@ -254,10 +257,15 @@ class GpuMatrix:
             interleave=self.interleave,
         )
 
+    @property
+    def _table(self) -> dict[str, int]:
+        """Overrides of shaders/shared/table.wgsl."""
+        return dict(copies=self._copies, table_words=self._copies * self.n_states)
+
     def _segments(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
         lanes = TILE * self.segments_per_group
-        room = self.kernels.device.workgroup_memory - 4 * self.n_states - _OTHER_BYTES
+        room = self.kernels.device.workgroup_memory - 4 * self._copies * self.n_states - _OTHER_BYTES
         # Of all tokens at once compilers make slow loops (H100: 152 instead of 92 us for 8).
         most = max(1, min(_SUMS_AT_ONCE, tokens // 2, room // (4 * lanes)))
         at_once = min(self.segments_per_group, most)
@@ -339,7 +347,7 @@ class GpuMatrix:
         if self.whole_rows:
             name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
         else:
-            overrides |= self._segments(tokens)
+            overrides |= self._table | self._segments(tokens)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(
@@ -453,7 +461,7 @@ class GpuMatrix:
             kernel = self.kernels.get("decode_rows", **overrides)
             return kernel.dispatch([-(-piece.rows // _SOFTWARE_LANES)], params, **buffers)
         group = self.segments_per_group
-        overrides |= dict(segments_per_group=group, lanes=TILE * group)
+        overrides |= self._table | dict(segments_per_group=group, lanes=TILE * group)
         params |= dict(rows_padded=part.rows_padded, segment_begin=begin, segment_end=end)
         kernel = self.kernels.get("decode_tile", **overrides)
         return kernel.dispatch(
@@ -520,8 +528,9 @@ class GpuMatrix:
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
-        lanes = {} if self.floats else dict(lanes=32 if self.whole_rows else 256)
-        kernel = self.kernels.get(name, **self._stream, **self._overrides, **lanes)
+        lanes = dict(lanes=32 if self.whole_rows else 256)
+        only = {} if self.floats else lanes | self._table
+        kernel = self.kernels.get(name, **self._stream, **self._overrides, **only)
         for part in self.parts:
             yield kernel.dispatch(
                 [1, tokens],

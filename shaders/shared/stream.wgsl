@@ -1,7 +1,7 @@
 // A bit stream read sixteen bytes at a time, most significant bit first. The chunks of `interleave` neighbouring rows
 // alternate, so that their lanes walk through memory together: on a GPU the chunks that 32 lanes load lie side by side,
-// and a CPU's prefetcher sees a straight line. Beside it stands funnel.wgsl; the importer provides
-// words: array<vec4<u32>>.
+// and a CPU's prefetcher sees a straight line. A GPU fetches a chunk long before it is needed, as memory is far away.
+// Beside it stands funnel.wgsl; the importer provides words: array<vec4<u32>>.
 
 override interleave: u32;
 
@@ -13,6 +13,7 @@ struct Stream {
   next: u32,   // index of b
   a: vec4<u32>,
   b: vec4<u32>,
+  c: vec4<u32>,  // on its way; not on a CPU
   w0: u32,     // the next bits when refilled, as many as ans.wgsl's most_bits asks for; ever fewer until it is again
   w1: u32,
   w2: u32,
@@ -24,7 +25,8 @@ fn open_stream(bit: u32, offset: u32, state: u32, table: u32) -> Stream {
   let pos = (bit & 127u) + offset;
   let chunk = (bit >> 7u) + (pos >> 7u) * interleave;
   let next = chunk + interleave;
-  var s = Stream(state, table, pos & 127u, 0u, next, words[chunk], words[next], 0u, 0u, 0u, 0u);
+  var s = Stream(state, table, pos & 127u, 0u, next, words[chunk], words[next], words[next + interleave],
+                 0u, 0u, 0u, 0u);
   align(&s);
   return s;
 }
@@ -82,8 +84,9 @@ fn cross_chunk(s: ptr<function, Stream>, crossed: bool) {
   if (interleave == 32u) {
     if (crossed) {
       (*s).a = (*s).b;
+      (*s).b = (*s).c;
       (*s).next += interleave;
-      (*s).b = words[(*s).next];
+      (*s).c = words[(*s).next + interleave];
     }
   } else {
     (*s).a = select((*s).a, (*s).b, crossed);
