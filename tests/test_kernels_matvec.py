@@ -45,6 +45,14 @@ def test_matrices_cover_every_kind_of_code() -> None:
     assert min(m.outliers.size for m in every[-3:-1]) > 0
 
 
+def product_error(m: CodedMatrix, x: np.ndarray, n_blocks: int) -> np.ndarray:
+    """How far off products of m with x may be; why is said in test_matvec."""
+    scale = m.scale.astype(np.float64)
+    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
+    error: np.ndarray = (n_blocks + 8) * F32 * (np.abs(x) @ (symbols * scale[:, None]).T)
+    return error
+
+
 @pytest.mark.parametrize("whole_rows", [True, False])
 @pytest.mark.parametrize("tokens", [1, MATVEC_ROWS])
 @pytest.mark.parametrize("digits", [1, 3])
@@ -73,10 +81,7 @@ def test_matvec(
     # Integer dots are exact. Each block adds its dot and the offset that symbols are counted from,
     # which may be as large as 128 * 2^raw_bits steps; then blocks, outliers and the scale: n_blocks
     # + 8 roundings of such terms.
-    scale = m.scale.astype(np.float64)
-    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
-    terms = np.abs(x) @ (symbols * scale[:, None]).T
-    assert_close(got, want, (gpu.n_blocks + 8) * F32 * terms)
+    assert_close(got, want, product_error(m, x, gpu.n_blocks))
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0])
@@ -453,13 +458,6 @@ def maker(
     gpu = GpuMatrix(kernels, "w", m, n_segments=n_segments)
     assert gpu.splits == -(-n_segments // 16)
     return m, gpu
-
-
-def product_error(m: CodedMatrix, x: np.ndarray, n_blocks: int) -> np.ndarray:
-    """As in test_matvec."""
-    scale = m.scale.astype(np.float64)
-    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
-    return (n_blocks + 8) * F32 * (np.abs(x) @ (symbols * scale[:, None]).T)
 
 
 @pytest.mark.parametrize("digits", [1, 3])
