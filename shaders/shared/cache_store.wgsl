@@ -21,8 +21,8 @@ fn integers(x: vec4<f32>, most: f32, top: f32) -> u32 {
   return pack4xI8(vec4<i32>(round(x * select(0.0, top / most, most > 0.0))));
 }
 
-// What a lane of a quad finds in the cache of a key, in the vectors that cache.wgsl loads. `most`: the largest of the row's keys; only
-// integers ask for it, here and below.
+// The vectors that a lane would load of a key, were it in the cache. `most`: the largest of the row's keys; only integers
+// ask for it, here and below.
 fn packed_key(x: Pair, most: f32) -> Vectors {
   if (key_bits == 32u) { return Vectors(bitcast<vec4<u32>>(x.lo), bitcast<vec4<u32>>(x.hi)); }
   if (key_bits == 16u) { return Vectors(pack_f16(x), vec4<u32>(0u)); }

@@ -1,6 +1,6 @@
 // A workgroup's share of W x: lane = row of a 32-row tile, workgroup row = column segment.
-// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl and what it needs, segments.wgsl and
-// norm_factor.wgsl.
+// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl, norm_factor.wgsl; and
+// input_ready.wgsl, or input_made.wgsl with what tells it of what.
 
 var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
 
