@@ -55,6 +55,7 @@ _MAX_TABLE = 4096  # states of one table
 # there are more than a workgroup's.
 _LANES_WANTED = 1 << 17
 _MAX_SEGMENT_BLOCKS = 8
+_MIN_GROUP_SEGMENTS = 8  # fewer lanes are long about the table
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
 # Lanes of a workgroup of matmul, and those of them that share its rows, each with four tokens.
@@ -175,7 +176,10 @@ class GpuMatrix:
     def _wanted_segments(self, rows: int, max_segments: int) -> int:
         """Of a row; a workgroup takes up to `max_segments`."""
         long = -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
-        wanted = max(-(-_LANES_WANTED // rows), min(long, max_segments))
+        least = _MIN_GROUP_SEGMENTS
+        while self.n_blocks % least and least < max_segments:
+            least += 1
+        wanted = max(-(-_LANES_WANTED // rows), min(max(least, long), max_segments))
         # Full workgroups are worth more segments, if these are alike.
         full = -(-wanted // max_segments) * max_segments
         return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
