@@ -17,6 +17,7 @@ from codec.scale import ScaleLog2
 _BINS = 512  # per spread, centred on its multiples: a weight of 0 is well inside its bin
 _GROUPS = 12  # of rows of like size, told apart to predict what classes save
 _REACH = 32  # spreads; what is larger is counted as this large, and will be an outlier all the same
+_LARGEST = 1 << 20  # integer that is worth counting to: far beyond what the code is for
 _CHUNK_WEIGHTS = 1 << 20
 _SMALLEST_C, _LARGEST_C = 2.0**-7, 2.0**6  # in units of the spread; at the end nearly all is zero
 
@@ -34,9 +35,15 @@ class Histogram:
 
     def integers(self, c: float) -> tuple[npt.NDArray[np.float64], int]:
         """How often rounding would yield lowest, lowest + 1, ..., -lowest in each group of rows
-        (groups, n); and lowest.
+        (groups, n); and lowest. ValueError: they would be too large, which happens where the errors
+        of this matrix are taken to matter incomparably more than those of others.
         """
         c = c / self.spread
+        if c * _LARGEST < _REACH:
+            raise ValueError(
+                "some weights matter so much more than all others that they would become integers "
+                "above a million; the source model looks damaged"
+            )
         largest = int(_REACH / c) + 1
         edges = (np.arange(-largest, largest + 2) - 0.5) * (c * _BINS) + (_REACH * _BINS + 0.5)
         places = np.arange(self.below.shape[1])

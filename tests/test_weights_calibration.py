@@ -310,6 +310,8 @@ def test_removed_calibration_leaves_nothing(
     calibration.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["another"]
     calibration.remove()  # somebody else may have been quicker
+    with pytest.raises(EngineError, match="is gone, as at the end of another conversion"):
+        calibration.matrix("model.layers.0.mlp.down_proj")
 
 
 def test_another_calibration_has_another_folder(

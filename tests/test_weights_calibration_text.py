@@ -119,6 +119,34 @@ def test_sampling_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert steps < 40 * 59 // 4
 
 
+@pytest.mark.parametrize("n_cores", [1, 3])
+def test_stopped_sampling_goes_on_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_cores: int
+) -> None:
+    source = tiny_source(tmp_path, CONFIG)
+    monkeypatch.setattr(sample, "_TEXTS", 2)
+    monkeypatch.setattr("os.cpu_count", lambda: n_cores)
+    whole = sample_tokens(source, 9, 20)
+    written: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        if done == 4 * 19 - 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_tokens(source, 9, 20, progress=stop, folder=tmp_path)
+    kept = len(list(tmp_path.glob("*.npy")))
+    assert kept == 3 if n_cores == 1 else 1 <= kept <= 4  # others may go on for a while
+    softmax_of = sample.softmax
+    monkeypatch.setattr(sample, "softmax", lambda x: (written.append(len(x)), softmax_of(x))[1])
+    steps: list[int] = []
+    found = sample_tokens(
+        source, 9, 20, progress=lambda done, _: steps.append(done), folder=tmp_path
+    )
+    assert np.array_equal(found, whole)
+    assert len(written) == (5 - kept) * 19 and sorted(steps) == list(range(1, 5 * 19 + 1))
+
+
 @pytest.mark.parametrize(
     ("bos", "eos", "opening"),
     [

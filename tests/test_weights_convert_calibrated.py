@@ -148,9 +148,11 @@ def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
         ({"sparsity": -0.1}, "sparsity is -0.1, expected 0 to less than 1"),
         ({"sparsity": 0.5, "text": NONE}, "sparsity needs a calibration"),
         ({"sparsity": 0.5, "bits": "lossless"}, "lossless keeps all weights"),
+        ({"text": CalibrationText(-1)}, "calibration-tokens is -1, expected 0 or more"),
+        ({"text": CalibrationText(9, tuning_steps=-2)}, "tuning-steps is -2, expected 0 or more"),
     ],
 )
-def test_pruning_that_makes_no_sense_is_refused(
+def test_what_makes_no_sense_is_refused(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(WeightsError, match=message):
@@ -268,6 +270,24 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, name: str, from_f
     with pytest.raises(WeightsError, match=rf"{name}\[.*7\] is nan; the source model is damaged"):
         convert(source, tmp_path / "out", text=CalibrationText(256, text if from_file else None))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_too_large_to_compute_with_are_one_error(tmp_path: Path) -> None:
+    tensors = lively(CONFIG)
+    tensors["model.layers.1.mlp.up_proj.weight"].flat[7] = 1e25
+    source = source_of(tmp_path, CONFIG, tensors)
+    with pytest.raises(WeightsError, match="block 1 gives activations that are not finite, or who"):
+        convert(source, tmp_path / "out", text=SAMPLED)
+
+
+def test_model_that_always_says_the_same_is_one_error(tmp_path: Path) -> None:
+    """No block's errors matter at all, only the head's."""
+    tensors = lively(CONFIG)
+    tensors["model.embed_tokens.weight"][:] = tensors["model.embed_tokens.weight"][0]
+    source = source_of(tmp_path, CONFIG, tensors)
+    with pytest.raises(WeightsError, match="some weights matter so much more than all others"):
+        convert(source, tmp_path / "out", 4, text=SAMPLED)
 
 
 def test_rate_out_of_reach_says_the_nearest(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from engine.errors import EngineError
 from weights import parallel
@@ -37,6 +40,20 @@ def test_in_order_keeps_to_its_budget(budget: int) -> None:
         assert all(together <= max(budget, alone) for together, alone in overlaps)
 
 
+def test_a_large_item_ahead_holds_up_no_others() -> None:
+    last_done = threading.Event()
+
+    def work(size: int) -> bool:
+        if size == 6:
+            return last_done.wait(10)
+        if size == 3:
+            last_done.set()
+        return True
+
+    # Beside the 6 there is room for the 5 or for the 3.
+    assert list(in_order(work, [6, 5, 3], 2, size=int, budget=11)) == [True] * 3
+
+
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
@@ -57,6 +74,20 @@ def test_processes_work_in_order_on_what_is_here() -> None:
     assert [(size, n) for size, n, _ in found] == [(9, 1), (1, 1), (2, 1), (3, 1)]
     processes = {process for _, _, process in found}
     assert len(processes) <= 2 and os.getpid() not in processes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+@pytest.mark.usefixtures("two_cores")
+def test_items_that_have_no_room_beside_others_get_all_cores() -> None:
+    def work(size: int) -> tuple[int, set[int]]:
+        found = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+        x = np.ones((300, 300), np.float32)
+        return int((x @ x)[0, 0]), found
+
+    with threadpool_limits(1, "blas"):
+        found = list(in_processes(work, [10, 5, 6, 1], size=int))
+    # A quarter of the memory is 10: nothing goes with the first, nor twice the third.
+    assert found == [(300, {cores}) for cores in (2, 1, 2, 1)]
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -83,3 +114,37 @@ def test_a_process_that_is_ended_is_an_error() -> None:
 
     with pytest.raises(EngineError, match="ended from outside"):
         list(in_processes(work, [9, 8], size=int))
+
+
+ENDLESS = """
+import os, time
+from weights import parallel
+
+def work(item):
+    os.write(1, b"+")
+    time.sleep(60)
+
+parallel._WORTH_PROCESSES = 1
+try:
+    list(parallel.in_processes(work, [1, 2, 3], size=int))
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core needs no processes")
+@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
+def test_ctrl_c_waits_for_no_process(to_all: bool) -> None:
+    command = [sys.executable, "-c", ENDLESS]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
+        assert run.stdout is not None and run.stdout.read(1) == "+"
+        (os.killpg if to_all else os.kill)(run.pid, signal.SIGINT)
+        assert run.communicate(timeout=20)[0].lstrip("+") == "stopped\n"

@@ -100,6 +100,12 @@ def convert(
             raise WeightsError(f"sparsity is {sparsity:g}, but lossless keeps all weights")
     else:
         check_rates(bits, embed_bits)
+    for name, number in (
+        ("calibration-tokens", text.tokens),
+        ("tuning-steps", text.tuning_steps),
+    ):
+        if number < 0:
+            raise WeightsError(f"{name} is {number}, expected 0 or more")
     if not 0 <= sparsity < 1:
         raise WeightsError(f"sparsity is {sparsity:g}, expected 0 to less than 1")
     if sparsity and text.tokens == 0:

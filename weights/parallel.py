@@ -9,10 +9,20 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import nullcontext
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 from engine.errors import EngineError
 
@@ -35,8 +45,8 @@ def in_order(
 ) -> Iterator[R]:
     """map() on a thread per core or `at_most`, with no more results waiting than threads.
 
-    With `size`, sizes of what is worked on or waits add up to at most `budget`, if there is one,
-    but for an item that alone is larger.
+    With `size`, sizes of what is worked on add up to at most `budget`, if there is one, but for an
+    item that alone is larger.
     """
     n_threads = _workers(at_most)
     pool = ThreadPoolExecutor(n_threads)
@@ -50,21 +60,37 @@ def in_processes(
     size: Callable[[T], int],
 ) -> Iterator[R]:
     """`in_order`, in processes where there is work for them, by `size` in bytes; what is worked on
-    or waits takes a quarter of the machine's memory.
+    takes a quarter of the machine's memory, and what waits, which should be small, as it comes:
+    one large item ahead holds up no others.
 
     They are forked: `function` finds all as it is here, but what it changes stays there; items and
-    results are pickled. Where processes cannot be forked safely, and that is known only of Linux,
-    threads do it. EngineError if one was ended, as happens when memory runs out.
+    results are pickled. Products of items of which memory holds fewer than there are cores are
+    shared out among the cores. Where processes cannot be forked safely, and that is known only of
+    Linux, threads do it. EngineError if one was ended, as happens when memory runs out.
     """
-    n_workers = min(_workers(), len(items))
+    n_workers, budget = min(_workers(), len(items)), memory_bytes() // 4
     if sys.platform != "linux" or n_workers < 2 or sum(map(size, items)) < _WORTH_PROCESSES:
-        yield from in_order(function, items, size=size, budget=memory_bytes() // 4)
+        yield from in_order(function, items, size=size, budget=budget)
         return
+
+    def cores(item: T) -> int:
+        return max(1, _workers() // max(1, budget // max(1, size(item))))
+
+    def size_of_work(work: tuple[T, int]) -> int:
+        return size(work[0])
+
+    works = [(item, cores(item)) for item in items]
+    others = active_children()
+
+    def end() -> None:
+        for process in set(active_children()) - set(others):
+            process.terminate()
+
     pool = ProcessPoolExecutor(
         n_workers, get_context("fork"), initializer=_begin, initargs=(function,)
     )
     try:
-        yield from _in_order(pool, len(items), _call, items, size, memory_bytes() // 4)
+        yield from _in_order(pool, len(items), _call, works, size_of_work, budget, end)
     except BrokenProcessPool:
         raise EngineError(
             "a process that worked on a matrix was ended from outside, perhaps because memory ran "
@@ -97,9 +123,12 @@ def _begin(function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
 
 
-def _call(item: Any) -> Any:
+def _call(work: tuple[Any, int]) -> Any:
+    """An item, and on how many cores its products are computed."""
     assert _forked is not None
-    return _forked(item)
+    item, cores = work
+    with threadpool_limits(cores, "blas") if cores > 1 else nullcontext():
+        return _forked(item)
 
 
 def _in_order(
@@ -109,20 +138,31 @@ def _in_order(
     items: Iterable[T],
     size: Callable[[T], int] | None,
     budget: int,
+    end: Callable[[], None] = lambda: None,
 ) -> Iterator[R]:
+    """`end` makes an end of what has begun."""
     with executor as pool:
-        waiting: deque[tuple[Future[R], int]] = deque()
-        load = 0
+        waiting: deque[Future[R]] = deque()
+        sizes: dict[Future[R], int] = {}
         try:
             for item in items:
                 own = 0 if size is None else size(item)
-                while waiting and (len(waiting) > most_waiting or load + own > budget > 0):
-                    future, freed = waiting.popleft()
-                    load -= freed
-                    yield future.result()
-                waiting.append((pool.submit(function, item), own))
-                load += own
+                while waiting:
+                    worked_on = [future for future in waiting if not future.done()]
+                    load = sum(sizes[future] for future in worked_on)
+                    fits = budget == 0 or load == 0 or load + own <= budget
+                    if fits and len(waiting) <= most_waiting:
+                        break
+                    if len(waiting) > most_waiting or waiting[0].done():
+                        yield waiting.popleft().result()
+                    else:
+                        wait(worked_on, return_when=FIRST_COMPLETED)
+                future = pool.submit(function, item)
+                waiting.append(future)
+                sizes[future] = own
             while waiting:
-                yield waiting.popleft()[0].result()
-        finally:  # after an error or Ctrl-C, what has not begun is not worth waiting for
+                yield waiting.popleft().result()
+        except BaseException:  # Ctrl-C too, and whoever wants no more: nothing is worth waiting for
+            end()
             pool.shutdown(wait=True, cancel_futures=True)
+            raise

@@ -65,7 +65,7 @@ class Calibration:
     def matrix(self, name: str) -> MatrixStatistics:
         """Of a matrix of weights/layout.py; an untied embedding multiplies nothing and has none.
 
-        KeyError: there are none of that name; EngineError: their file is damaged.
+        KeyError: there are none of that name; EngineError: their file is damaged or gone.
         """
         path = self.folder / _result_name(name)
         try:
@@ -73,6 +73,11 @@ class Calibration:
                 packed, gradient = file[f"{name}.hessian"], file[f"{name}.gradient"]
             return MatrixStatistics(_symmetric(packed), gradient)
         except FileNotFoundError:
+            if not self.folder.exists():
+                raise EngineError(
+                    f"{self.folder}: is gone, as at the end of another conversion of the same "
+                    f"model; start again"
+                ) from None
             raise KeyError(name) from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise EngineError(
@@ -128,7 +133,8 @@ def own_text(
     work_dir: str | Path,
     progress: Progress,
 ) -> Tokens:
-    """`sample_tokens`, remembered in `work_dir`: the next rate, or the next try, has it at once.
+    """`sample_tokens`, remembered in `work_dir`: the next rate, or the next try, has it at once,
+    or the part that is done.
 
     `encode` makes token ids of openings.
     """
@@ -138,8 +144,11 @@ def own_text(
         if path.is_file():
             return np.asarray(_load_array(path))
         openings = [encode(opening) for opening in OPENINGS]
-        tokens = sample_tokens(source, n_windows, length, openings, progress=progress)
+        parts = path.with_suffix("")
+        parts.mkdir(exist_ok=True)
+        tokens = sample_tokens(source, n_windows, length, openings, progress=progress, folder=parts)
         _save_array(path, tokens)
+        shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
         raise EngineError(f"{path}: cannot be kept ({error.strerror or error})") from None
     return tokens
@@ -170,10 +179,10 @@ def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[in
         for i in range(n_inputs - 1, c.n_layers):
             yield i
             x = forward_layer(c, Layer.read(source, i), _load_array(inputs[i]))
-            if not np.isfinite(x).all():
+            if not np.abs(x).max() < math.sqrt(np.finfo(x.dtype).max / c.dim):
                 raise WeightsError(
-                    f"{source.name}: block {i} gives activations that are not finite; "
-                    f"the source model is damaged"
+                    f"{source.name}: block {i} gives activations that are not finite, or whose "
+                    f"squares are not; the source model is damaged"
                 )
             _save_array(inputs[i + 1], x)
             del x

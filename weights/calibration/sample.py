@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, cycle
+from pathlib import Path
 from threading import Event
 from typing import Self
 
@@ -22,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from model.config import ModelConfig
 from model.reference import Floats, Integers, embed, matvec, rms_norm
 from weights.calibration.layer import Layer, Product, activate, output
+from weights.container import replacing
 from weights.layout import EMBEDDING, HEAD
 from weights.sources import Source
 
@@ -43,9 +45,12 @@ def sample_tokens(
     seed: int = 0,
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
 ) -> Tokens:
     """(n_sequences, length) tokens that the model writes; `progress(steps done, steps in all)`.
 
+    Texts that are done are kept in `folder`, if there is one, and taken from there: it belongs to
+    this model and these arguments. WeightsError: they cannot be kept.
     Texts begin after what separates them in training, BOS or else end of text, every second one
     instead with the next of `openings`; and go on as the model likes, past an end of text too. At
     temperature 1 the default model writes questions and answers on all sorts of things, articles,
@@ -69,8 +74,19 @@ def sample_tokens(
     groups = [slice(begin, begin + _TEXTS) for begin in range(0, n_sequences, _TEXTS)]
     n_cores, stopped = os.cpu_count() or 1, Event()
 
+    def tell(_: int) -> None:
+        if progress is not None:
+            progress(next(steps_done), len(groups) * (length - 1))
+
+    # Where a damaged model's numbers are too large, the calibration will say so.
+    @np.errstate(over="ignore", invalid="ignore")
     def write(group: slice) -> None:
         texts = tokens[group]  # (texts, length), a view
+        done = None if folder is None else folder / f"{group.start}.npy"
+        if done is not None and done.is_file():
+            texts[:] = np.load(done)
+            deque(map(tell, range(1, length)), maxlen=0)
+            return
         model = BatchedLlama(c, weights, len(texts), length, spread)
         for pos in range(1, length):
             if stopped.is_set():
@@ -79,8 +95,10 @@ def sample_tokens(
             logits /= temperature
             drawn = draw(softmax(logits), uniform[pos, group])
             texts[:, pos] = np.where(begun[group, pos] < 0, drawn, begun[group, pos])
-            if progress is not None:
-                progress(next(steps_done), len(groups) * (length - 1))
+            tell(pos)
+        if done is not None:
+            with replacing(done) as file:
+                np.save(file, texts)
 
     # Threads of BLAS would wait for cores.
     with (
