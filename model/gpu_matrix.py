@@ -64,6 +64,8 @@ _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
 
+_MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for a norm
+
 _SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
 _OTHER_BYTES = 1024  # of workgroup memory that it needs besides
 
@@ -300,8 +302,11 @@ class GpuMatrix:
         others too, as for a norm.
         """
         lanes, split = TILE * self.segments_per_group, self._split_blocks
-        seen = self.n_blocks if all_columns else split
-        if self.whole_rows or self.floats or self.cols % 4 or seen * BLOCK > 4 * lanes:
+        if self.whole_rows or self.floats or self.cols % 4:
+            return False
+        if BLOCK * (self.n_blocks if all_columns else split) > 4 * lanes:
+            return False
+        if all_columns and self.cols > _MAX_NORM_COLUMNS:
             return False
         # Beside the table four arrays of a word a lane, and the input.
         room = 4 * _MAX_TABLE + 16 * lanes + split * (BLOCK * digits + 8) + _OTHER_BYTES

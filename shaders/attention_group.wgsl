@@ -247,8 +247,6 @@ fn main(
   }
   workgroupBarrier();
 
-  // Groups that have positions at all: the others' lanes would be about nothing.
-  let n_filled = min(n_groups, pos + 1u - first_tile * tile_size);
   let head = lane % 4u;  // whose scores the lane adds up, of every (lanes / 4)-th position
   let nothing = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
   var running_max = NEVER;
@@ -260,7 +258,7 @@ fn main(
       values = replaced(values, pos % tile_size / n_groups, own.value);
     }
     let q = Heads(query(0u, l.quad), query(1u, l.quad), query(2u, l.quad), query(3u, l.quad));
-    if (l.group < n_filled) {
+    if (l.group < n_groups) {
       let at = l.group * stride + l.quad;
       shares[at] = dots(q, scaled(keys.a, l.quad, key_bits));
       shares[at + n_groups * stride] = dots(q, scaled(keys.b, l.quad, key_bits));
@@ -272,13 +270,10 @@ fn main(
     workgroupBarrier();
     var most = NEVER;
     for (var i = lane / 4u; i < tile_size; i += lanes / 4u) {
+      var score = 0.0;
+      for (var quad = 0u; quad < half_quads; quad++) { score += shares[i * stride + quad][head]; }
       let at = tile * tile_size + i;
-      var score = NEVER;
-      if (at >= seen_from && at <= pos) {
-        score = 0.0;
-        for (var quad = 0u; quad < half_quads; quad++) { score += shares[i * stride + quad][head]; }
-        score *= params.scale;
-      }
+      score = select(NEVER, score * params.scale, at >= seen_from && at <= pos);
       weights[i][head] = score;
       most = max(most, score);
     }
@@ -293,7 +288,7 @@ fn main(
       sum += weight;
     }
     workgroupBarrier();
-    if (l.group < n_filled) {
+    if (l.group < n_groups) {
       let c = corrections;
       mixed = Heads(times(mixed.a, c.x), times(mixed.b, c.y), times(mixed.c, c.z), times(mixed.d, c.w));
       mixed = add_all(mixed, weights[l.group], scaled(values.a, l.quad, value_bits));
@@ -324,7 +319,7 @@ fn main(
   }
   if (h < min(heads, 2u)) {
     let begin = (2u * h + c / half_quads) * lanes + c % half_quads;
-    for (var i = 0u; i < n_filled; i++) { v += shares[begin + i * half_quads]; }
+    for (var i = 0u; i < n_groups; i++) { v += shares[begin + i * half_quads]; }
   }
   workgroupBarrier();
   if (heads > 2u) {
@@ -337,7 +332,7 @@ fn main(
     workgroupBarrier();
     if (h >= 2u && h < heads) {
       let begin = (2u * (h - 2u) + c / half_quads) * lanes + c % half_quads;
-      for (var i = 0u; i < n_filled; i++) { v += shares[begin + i * half_quads]; }
+      for (var i = 0u; i < n_groups; i++) { v += shares[begin + i * half_quads]; }
     }
   }
   let n_blocks = params.n_heads * params.head_dim / 32u;
