@@ -63,7 +63,7 @@ var<workgroup> corrections: vec4<f32>;
 struct Heads { a: Pair, b: Pair, c: Pair, d: Pair }
 struct Row { vectors: Vectors, scale: vec2<f32> }
 struct Rows { a: Row, b: Row, c: Row, d: Row }  // of the positions that a lane has under way
-struct Own { is_there: bool, key: Row, value: Row }
+struct Own { is_there: bool, key: Row, value: Row }  // what a lane has put into the cache, and so need not wait for
 
 struct Lane {
   token: u32,
@@ -227,20 +227,20 @@ fn main(
   var keys = key_rows(l, tile);  // they come from far away, and are on their way while q is made
   var values = value_rows(l, tile);
   // Lanes of other warps than have the newest key.
-  let my_head = (l.group + 2u * n_groups - pos % n_groups - n_groups / 2u) % n_groups;
-  if (l.group < n_groups && my_head < 4u) {
+  let q_head = (l.group + 2u * n_groups - pos % n_groups - n_groups / 2u) % n_groups;
+  if (l.group < n_groups && q_head < 4u) {
     var q = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
-    if (my_head < n_heads) { q = rotated(projected(token, first_head + my_head, l.quad), pos, l.quad); }
-    query_lo[my_head * half_quads + l.quad] = q.lo;
-    query_hi[my_head * half_quads + l.quad] = q.hi;
+    if (q_head < n_heads) { q = rotated(projected(token, first_head + q_head, l.quad), pos, l.quad); }
+    query_lo[q_head * half_quads + l.quad] = q.lo;
+    query_hi[q_head * half_quads + l.quad] = q.hi;
   }
   var own = write_cache(l, lane, kv_head, tile, n_used);
-  let first = first_of_sequence(token);
-  if (first < token) {  // the pass has more of the sequence, which other lanes may have written
+  let first_token = first_of_sequence(token);
+  if (first_token < token) {  // the pass has more of the sequence, which other lanes may have written
     own.is_there = false;
     storageBarrier();
     workgroupBarrier();
-    if (tile < end_tile && (tile + 1u) * tile_size > row_position(first)) {
+    if (tile < end_tile && (tile + 1u) * tile_size > row_position(first_token)) {
       keys = key_rows(l, tile);
       values = value_rows(l, tile);
     }
@@ -343,13 +343,13 @@ fn main(
   }
 
   let slot = 8u * half_quads + 2u;  // of a split
-  let first_slot = (token * params.n_heads + first_head) * n_splits * slot;
+  let first = (token * params.n_heads + first_head) * n_splits * slot;
   if (h < n_heads) {
-    let out = first_slot + (h * n_splits + split) * slot;
+    let out = first + (h * n_splits + split) * slot;
     for (var k = 0u; k < 4u; k++) { store_partial(out + element(c, k), v[k]); }
   }
   if (lane < n_heads) {
-    let out = first_slot + (lane * n_splits + split) * slot;
+    let out = first + (lane * n_splits + split) * slot;
     store_partial(out + slot - 2u, running_max);
     store_partial(out + slot - 1u, total_of(lane));
   }
@@ -357,7 +357,7 @@ fn main(
     // Each split's factor, and its sum times that, of all heads; in `shares` behind a vector for each lane.
     for (var i = lane; i < 4u * n_used; i += lanes) {
       if (i % 4u < n_heads) {
-        let at = first_slot + (i % 4u * n_splits + i / 4u + 1u) * slot;
+        let at = first + (i % 4u * n_splits + i / 4u + 1u) * slot;
         shares[lanes + i / 4u][i % 4u] = load_partial(at - 2u);
         shares[lanes + n_splits + i / 4u][i % 4u] = load_partial(at - 1u);
       }
@@ -375,10 +375,10 @@ fn main(
     // So many lanes share a quad as there are for it, every `ways`-th split each.
     let n_quads = heads * of_quad;
     let ways = lanes / n_quads;
-    let head = lane % n_quads / of_quad;
+    let my_head = lane % n_quads / of_quad;
     v = vec4<f32>(0.0);
-    if (lane < ways * n_quads && head < n_heads) {
-      let begin = first_slot + head * n_splits * slot;
+    if (lane < ways * n_quads && my_head < n_heads) {
+      let begin = first + my_head * n_splits * slot;
       let my_quad = lane % of_quad;
       for (var s = lane / n_quads; s < n_used; s += 4u * ways) {
         let others = min(vec3<u32>(s) + vec3<u32>(1u, 2u, 3u) * ways, vec3<u32>(n_used - 1u));
@@ -387,10 +387,10 @@ fn main(
         let p1 = partial_quad(begin + others.x * slot, my_quad);
         let p2 = partial_quad(begin + others.y * slot, my_quad);
         let p3 = partial_quad(begin + others.z * slot, my_quad);
-        v += shares[lanes + s][head] * p0;
-        v += select(0.0, shares[lanes + others.x][head], there.x) * p1;
-        v += select(0.0, shares[lanes + others.y][head], there.y) * p2;
-        v += select(0.0, shares[lanes + others.z][head], there.z) * p3;
+        v += shares[lanes + s][my_head] * p0;
+        v += select(0.0, shares[lanes + others.x][my_head], there.x) * p1;
+        v += select(0.0, shares[lanes + others.y][my_head], there.y) * p2;
+        v += select(0.0, shares[lanes + others.z][my_head], there.z) * p3;
       }
     }
     shares[lane] = v;
