@@ -11,8 +11,9 @@
 //#import table_rows
 //#import sums
 //#import digits
-//#import inputs
+//#import input
 //#import dot
+//#import squares
 //#import norm_factor
 //#import product_rows
 

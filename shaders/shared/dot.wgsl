@@ -1,11 +1,11 @@
-// Dot products of decoded weights with activations in int8 digits: the integer sums are exact. Beside it stands
-// digits.wgsl and inputs.wgsl. The importer provides  params.n_blocks  and  params.offset: f32  (min_symbol << raw_bits).
+// Dot products of decoded weights with activations in int8 digits: the integer sums are exact. Beside it stand digits.wgsl
+// and input.wgsl, or input_made.wgsl. The importer provides  params.n_blocks  and  params.offset: f32  (min_symbol << raw_bits).
 
 const DIGIT = 1.0 / 254.0;
 
 // Where the digits of 32 columns begin in in_digits.
 fn digits_at(token: u32, digit: u32, block: u32) -> u32 {
-  return ((token * digits + digit) * params.n_blocks + block) * 2u;
+  return ((token * digits + digit) * input_blocks() + input_block(block)) * 2u;
 }
 
 // min_symbol << raw; raw is at most raw_bits.
@@ -22,7 +22,7 @@ fn block_dot(a: Weights, b: Weights, token: u32, block: u32, offset: f32) -> f32
 }
 
 fn scaled(dot: f32, token: u32, block: u32, offset: f32) -> f32 {
-  let x = block_scale(token * params.n_blocks + block);
+  let x = block_scale(token * input_blocks() + input_block(block));
   return dot * x.x + offset * x.y;
 }
 
@@ -44,13 +44,13 @@ fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
 
 // No loop over digits: llvmpipe ends a lane's loops after some 65000 rounds in all, and rows have hundreds of outliers.
 fn activation(token: u32, column: u32) -> f32 {
-  let first = token * digits * 2u * params.n_blocks + (column >> 4u);
+  let first = digits_at(token, 0u, 0u) + (column >> 4u);
   var x = digit_at(first, column);
   if (digits == 3u) {
-    let group = 2u * params.n_blocks;
+    let group = 2u * input_blocks();
     x += DIGIT * (digit_at(first + group, column) + DIGIT * digit_at(first + 2u * group, column));
   }
-  return x * block_scale(token * params.n_blocks + (column >> 5u)).x;
+  return x * block_scale(token * input_blocks() + input_block(column >> 5u)).x;
 }
 
 fn digit_at(group: u32, column: u32) -> f32 {
