@@ -7,6 +7,7 @@
 //#import stream
 //#import matrix
 //#import table_rows
+//#import streams
 //#import sums
 //#import digits
 //#import input

@@ -68,43 +68,31 @@ fn most_bits() -> u32 {
 }
 
 fn decode4(s: ptr<function, Stream>, raw: u32) -> vec2<u32> {  // bytes of `high`, of `low`
-  return end4(s, begin4(s, raw), raw);
-}
-
-// decode4 in two halves with one look-up each, so that several streams may take turns.
-struct Half {
-  entry: u32,
-  low: u32,
-  window: u32,  // what the next state is to be taken from
-}
-
-fn two_words(raw: u32) -> bool { return 4u * raw + 2u * max_nbits() > 31u; }  // both pairs do not fit one
-
-fn begin4(s: ptr<function, Stream>, raw: u32) -> Half {
-  if (group_size == 4u) { return Half(table_entry(s), 0u, (*s).w0); }
+  if (group_size == 4u) {
+    let entry = table_entry(s);
+    (*s).state = next_state(entry, (*s).w0);
+    advance(s, entry_left(entry));
+    return vec2<u32>(spread_symbols(entry), 0u);
+  }
   let low = raw_bytes((*s).w0, raw);
   let after_raw = (*s).w0 << ((4u * raw) & 31u);
-  let entry = table_entry(s);
-  (*s).state = next_state(entry, after_raw);
-  if (two_words(raw)) {
-    advance(s, entry_left(entry) - 4u * raw);
-    return Half(entry, low, (*s).w0);
+  let pair0 = table_entry(s);
+  (*s).state = next_state(pair0, after_raw);
+  let left = entry_left(pair0) - 4u * raw;
+  var pair1 = 0u;
+  if (4u * raw + 2u * max_nbits() > 31u) {  // both pairs do not fit one word
+    advance(s, left);
+    pair1 = table_entry(s);
+    (*s).state = next_state(pair1, (*s).w0);
+    advance(s, entry_left(pair1));
+  } else {
+    pair1 = table_entry(s);
+    (*s).state = next_state(pair1, after_raw << ((0u - entry_left(pair0)) & 31u));
+    advance(s, left + entry_left(pair1));
   }
-  return Half(entry, low, after_raw << ((0u - entry_left(entry)) & 31u));
-}
-
-fn end4(s: ptr<function, Stream>, half: Half, raw: u32) -> vec2<u32> {
-  if (group_size == 4u) {
-    (*s).state = next_state(half.entry, half.window);
-    advance(s, entry_left(half.entry));
-    return vec2<u32>(spread_symbols(half.entry), 0u);
-  }
-  let entry = table_entry(s);
-  (*s).state = next_state(entry, half.window);
-  advance(s, select(entry_left(half.entry) - 4u * raw, 0u, two_words(raw)) + entry_left(entry));
-  let symbols = symbol_bytes(half.entry, entry);
-  if (raw > 2u) { return vec2<u32>(symbols, half.low); }
-  return vec2<u32>((symbols << raw) | half.low, 0u);
+  let symbols = symbol_bytes(pair0, pair1);
+  if (raw > 2u) { return vec2<u32>(symbols, low); }
+  return vec2<u32>((symbols << raw) | low, 0u);
 }
 
 fn decode16(s: ptr<function, Stream>, raw: u32) -> Weights {

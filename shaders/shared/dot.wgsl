@@ -32,12 +32,6 @@ fn dot16(w: Weights, x: vec4<u32>) -> i32 {
   return (dot << raw_bits) + dot_bytes(w.low, x);
 }
 
-fn dot4(w: vec2<u32>, x: u32) -> i32 {  // bytes of `high`, of `low`
-  let dot = dot4I8Packed(w.x, x);
-  if (raw_bits <= 2u) { return dot; }
-  return (dot << raw_bits) + dot4I8Packed(w.y, x);
-}
-
 fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
   return dot4I8Packed(w.x, x.x) + dot4I8Packed(w.y, x.y) + dot4I8Packed(w.z, x.z) + dot4I8Packed(w.w, x.w);
 }
