@@ -99,6 +99,14 @@ fn dot4_rows(w: Four, x: u32) -> vec4<i32> {
   return (dots << vec4<u32>(raw_bits)) + dot_bytes_rows(w.low, x);
 }
 
+// Of bytes 0..127 and -127..127 four products by two of words: of w0 + 2^16 w2 and x2 + 2^16 x0 the product has w0 x0 + w2 x2 in its
+// high half, to which the low one is rounded. A CPU has nothing better here.
 fn dot_bytes_rows(w: vec4<u32>, x: u32) -> vec4<i32> {
-  return vec4<i32>(dot4I8Packed(w.x, x), dot4I8Packed(w.y, x), dot4I8Packed(w.z, x), dot4I8Packed(w.w, x));
+  let v = bitcast<i32>(x);
+  let even = ((v << 24u) >> 8u) + ((v << 8u) >> 24u);
+  let odd = (((v << 16u) >> 24u) << 16u) + (v >> 24u);
+  let halves = vec4<u32>(0x00FF00FFu);
+  let a = bitcast<vec4<i32>>(w & halves) * even + 0x8000;
+  let b = bitcast<vec4<i32>>((w >> vec4<u32>(8u)) & halves) * odd + 0x8000;
+  return (a >> vec4<u32>(16u)) + (b >> vec4<u32>(16u));
 }
