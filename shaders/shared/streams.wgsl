@@ -1,8 +1,7 @@
 // ans.wgsl and stream.wgsl for four rows of a lane, which are the components of vectors: all four have a look-up under way, as
-// a CPU looks no further ahead than the next one of a row. Beside it stand both, words.wgsl and matrix.wgsl; the importer
-// provides  table: array<vec4<u32>, 4096>, uniform: the decode tables of all classes.
+// a CPU looks no further ahead than the next one of a row. Beside it stand both, words.wgsl, matrix.wgsl and table_rows.wgsl.
 
-struct Streams {
+struct Streams {  // see Stream
   state: vec4<u32>,
   table: vec4<u32>,
   pos: vec4<u32>,
@@ -93,8 +92,6 @@ fn refill_rows(s: ptr<function, Streams>) {
   (*s).b = chunks_at((*s).next);
   align_rows(s);
 }
-
-fn entry_at(i: u32) -> u32 { return table[i >> 2u][i & 3u]; }
 
 fn table_entries(s: ptr<function, Streams>) -> vec4<u32> {
   let i = (*s).table + (*s).state;
