@@ -251,7 +251,7 @@ class GpuMatrix:
     @property
     def _table(self) -> dict[str, int]:
         """Overrides of shaders/shared/table.wgsl."""
-        return dict(copies=self._copies, table_words=self._copies * self.n_states)
+        return dict(copies=self._copies, table_pairs=self._copies * self.n_states // 2)
 
     def _segments(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
