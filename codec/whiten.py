@@ -56,19 +56,31 @@ def unit_steps(diagonal: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
 
 
 def quantize_whitened(
-    w: Array, u: Floats, steps: Array, sparsity: float = 0.0
+    w: Array, u: Floats, steps: Array, sparsity: float = 0.0, bits: Array | None = None
 ) -> npt.NDArray[np.int32]:
     """w (rows, cols), U, steps (rows,) -> integers (rows, cols); a step of 0 gives zeros.
 
     Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
-    error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding. Before that a
-    share `sparsity` of the weights, those whose loss adds least, becomes zero: chosen among _BLOCK
+    error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding, or `bits` says
+    it, where these are some rows of a matrix: `rounding_bits` of the whole. Before that a share
+    `sparsity` of the weights, those whose loss adds least, becomes zero: chosen among _BLOCK
     columns when the sweep comes to them (SparseGPT, Frantar & Alistarh 2023).
     """
+    z = _in_steps(w, steps)
+    q = _sweep(z, u, _bits(z) if bits is None else bits, sparsity)
+    return np.ascontiguousarray(q.T)
+
+
+def rounding_bits(w: Array, steps: Array) -> Array:
+    """-log2 of how probable 0, 1, ... in size are, with their sign, by rounding w / steps."""
+    return _bits(_in_steps(w, steps))
+
+
+def _in_steps(w: Array, steps: Array) -> Array:
+    """w (rows, cols), steps (rows,) -> (cols, rows)."""
     divisors = np.where(steps > 0, steps, np.inf).astype(np.float32)
     z: Array = np.divide(w.T, divisors, order="C")
-    q = _sweep(z, u, _bits(z), sparsity)
-    return np.ascontiguousarray(q.T)
+    return z
 
 
 def _factor(hessian: npt.NDArray[np.floating], damping: float) -> Floats:

@@ -14,14 +14,19 @@ import numpy.typing as npt
 from codec.matrix import CodedMatrix, encode_matrix
 from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
 from codec.scale import ScaleLog2, to_scale
-from codec.whiten import quantize_whitened
+from codec.whiten import Floats, quantize_whitened, rounding_bits
 from engine.errors import WeightsError
 from weights import layout
 from weights.calibration.calibration import Calibration
 from weights.equalize import Equalized
+from weights.parallel import in_processes
 from weights.sources import Source
 
 Array = npt.NDArray[np.float32]
+
+# Weights of a matrix that is worth several cores, and rows of a part, whatever the number of cores:
+# the integers are the same then. Shorter operations take longer a weight.
+_LARGE, _PART = 1 << 22, 256
 
 
 class Quantizer(Protocol):
@@ -105,6 +110,22 @@ class Whitened:
         w = read_fused(self._source, matrix)
         self._equalized.matrix(matrix, w)
         return w
+
+
+def quantize_by_rows(
+    w: Array, u: Floats, steps: Array, sparsity: float = 0.0
+) -> npt.NDArray[np.int32]:
+    """`quantize_whitened` of one matrix by all cores, where it is large: by parts of its rows."""
+    n_parts = max(1, len(w) // _PART) if w.size >= _LARGE else 1
+    ends = [len(w) * i // n_parts for i in range(n_parts + 1)]
+    bits = rounding_bits(w, steps)
+
+    def work(rows: slice) -> npt.NDArray[np.int32]:
+        return quantize_whitened(w[rows], u, steps[rows], sparsity, bits)
+
+    parts = list(map(slice, ends, ends[1:]))
+    found = in_processes(work, parts, size=lambda rows: 16 * w[rows].size)
+    return np.concatenate(list(found))
 
 
 def measure(quantizer: Quantizer, matrix: layout.Matrix) -> Histogram:
