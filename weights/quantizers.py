@@ -6,6 +6,7 @@ source matrix by matrix and keep nothing of its size.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from codec.matrix import CodedMatrix, encode_matrix
 from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
 from codec.scale import ScaleLog2, to_scale
-from codec.whiten import Floats, quantize_whitened, rounding_bits
+from codec.whiten import Floats, quantize_whitened
 from engine.errors import WeightsError
 from weights import layout
 from weights.calibration.calibration import Calibration
@@ -112,20 +113,14 @@ class Whitened:
         return w
 
 
-def quantize_by_rows(
-    w: Array, u: Floats, steps: Array, sparsity: float = 0.0
-) -> npt.NDArray[np.int32]:
-    """`quantize_whitened` of one matrix by all cores, where it is large: by parts of its rows."""
+def _quantize_by_rows(w: Array, u: Floats, steps: Array, sparsity: float) -> npt.NDArray[np.int32]:
+    """`quantize_whitened` of one matrix by all cores, where it is large."""
     n_parts = max(1, len(w) // _PART) if w.size >= _LARGE else 1
-    ends = [len(w) * i // n_parts for i in range(n_parts + 1)]
-    bits = rounding_bits(w, steps)
 
-    def work(rows: slice) -> npt.NDArray[np.int32]:
-        return quantize_whitened(w[rows], u, steps[rows], sparsity, bits)
+    def size(rows: slice) -> int:
+        return 16 * w[rows].size
 
-    parts = list(map(slice, ends, ends[1:]))
-    found = in_processes(work, parts, size=lambda rows: 16 * w[rows].size)
-    return np.concatenate(list(found))
+    return quantize_whitened(w, u, steps, sparsity, n_parts, partial(in_processes, size=size))
 
 
 def measure(quantizer: Quantizer, matrix: layout.Matrix) -> Histogram:
