@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -113,3 +114,37 @@ def test_a_process_that_is_ended_is_an_error() -> None:
 
     with pytest.raises(EngineError, match="ended from outside"):
         list(in_processes(work, [9, 8], size=int))
+
+
+ENDLESS = """
+import os, time
+from weights import parallel
+
+def work(item):
+    os.write(1, b"+")
+    time.sleep(60)
+
+parallel._WORTH_PROCESSES = 1
+try:
+    list(parallel.in_processes(work, [1, 2, 3], size=int))
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core needs no processes")
+@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
+def test_ctrl_c_waits_for_no_process(to_all: bool) -> None:
+    command = [sys.executable, "-c", ENDLESS]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
+        assert run.stdout is not None and run.stdout.read(1) == "+"
+        (os.killpg if to_all else os.kill)(run.pid, signal.SIGINT)
+        assert run.communicate(timeout=20)[0].lstrip("+") == "stopped\n"

@@ -19,7 +19,7 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -80,11 +80,17 @@ def in_processes(
         return size(work[0])
 
     works = [(item, cores(item)) for item in items]
+    others = active_children()
+
+    def end() -> None:
+        for process in set(active_children()) - set(others):
+            process.terminate()
+
     pool = ProcessPoolExecutor(
         n_workers, get_context("fork"), initializer=_begin, initargs=(function,)
     )
     try:
-        yield from _in_order(pool, len(items), _call, works, size_of_work, budget)
+        yield from _in_order(pool, len(items), _call, works, size_of_work, budget, end)
     except BrokenProcessPool:
         raise EngineError(
             "a process that worked on a matrix was ended from outside, perhaps because memory ran "
@@ -132,7 +138,9 @@ def _in_order(
     items: Iterable[T],
     size: Callable[[T], int] | None,
     budget: int,
+    end: Callable[[], None] = lambda: None,
 ) -> Iterator[R]:
+    """`end` makes an end of what has begun."""
     with executor as pool:
         waiting: deque[Future[R]] = deque()
         sizes: dict[Future[R], int] = {}
@@ -154,5 +162,7 @@ def _in_order(
                 sizes[future] = own
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # after an error or Ctrl-C, what has not begun is not worth waiting for
+        except BaseException:  # Ctrl-C too, and whoever wants no more: nothing is worth waiting for
+            end()
             pool.shutdown(wait=True, cancel_futures=True)
+            raise
