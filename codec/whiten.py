@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-DAMPING = 0.1  # of H's mean diagonal: inputs as uncertain as a text of 10^4 tokens leaves them
+# What is added to H: of each input's own mean square, as inputs are as uncertain as a text of 10^4
+# tokens leaves them, and of the mean of all, for those that were hardly seen.
+DAMPING_OF_EACH, DAMPING_OF_MEAN = 0.3, 0.02
 # What a bit is worth, in steps^2; uniform noise of step^2 / 12 falls by a quarter for a bit, that
 # is by step^2 / 8. Less near zero, where rounding down costs more than that says.
 PRICE = 0.1
@@ -32,17 +34,17 @@ Integers = npt.NDArray[np.int32]
 Spread = Callable[[Callable[[slice], Integers], Sequence[slice]], Iterable[Integers]]  # a map()
 
 
-def inverse_factor(hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Floats:
-    """U (cols, cols), upper triangular, with U^T U = (H + damping * mean diagonal)^-1.
+def inverse_factor(hessian: npt.NDArray[np.floating]) -> Floats:
+    """U (cols, cols), upper triangular, with U^T U = (H + damping)^-1.
 
     Inputs that were never seen, zeros in H, are as good as independent small ones.
     """
-    return _inverse(_factor(hessian, damping))
+    return _inverse(_factor(hessian))
 
 
-def inverse_factor_diagonal(hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Floats:
+def inverse_factor_diagonal(hessian: npt.NDArray[np.floating]) -> Floats:
     """The diagonal of `inverse_factor` alone (cols,), for a quarter of the work."""
-    diagonal: Floats = 1 / np.diag(_factor(hessian, damping))
+    diagonal: Floats = 1 / np.diag(_factor(hessian))
     return diagonal
 
 
@@ -91,11 +93,14 @@ def quantize_whitened(
     return np.ascontiguousarray(np.concatenate(q, axis=1).T)
 
 
-def _factor(hessian: npt.NDArray[np.floating], damping: float) -> Floats:
-    """R, upper triangular, with R R^T = H + damping * mean diagonal."""
+def _factor(hessian: npt.NDArray[np.floating]) -> Floats:
+    """R, upper triangular, with R R^T = H + damping."""
     h = hessian.astype(np.float64)
-    mean = np.trace(h) / len(h)
-    h[np.diag_indices_from(h)] += damping * mean if mean > 0 else 1.0
+    diagonal = np.diag(h)
+    mean = np.mean(diagonal)
+    h[np.diag_indices_from(h)] += (
+        DAMPING_OF_EACH * diagonal + DAMPING_OF_MEAN * mean if mean > 0 else 1.0
+    )
     # Cholesky's factorisation from the last row upwards.
     return np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1].astype(np.float64)
 

@@ -68,6 +68,18 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What a matvec of one token may read instead of activations: it multiplies the norm of x + y
+    with `weight`, y being what a product has left, and stores x + y in another buffer than x.
+    """
+
+    x: Any  # f32 (dim,)
+    added: Output  # y
+    weight: Any  # f32 (dim,)
+    out: Any  # f32 (dim,)
+
+
+@dataclass(frozen=True)
 class Step:
     """A launch of a pass of many tokens. Its workgroups along y each take `tokens_per_group`, from
     `first_token` on and at most `max_tokens` in all; 0: their number has nothing to do with tokens.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,15 @@ from codec.table import decode_tables
 from engine.device import STORAGE, UNIFORM
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
-from model.activations import UNIFORM_BLOCKS, Activations, Output, Step, Then, uniform_tokens
+from model.activations import (
+    UNIFORM_BLOCKS,
+    Activations,
+    Output,
+    Residual,
+    Step,
+    Then,
+    uniform_tokens,
+)
 from model.gpu_layout import (
     BLOCK,
     CHUNK_BITS,
@@ -46,6 +55,7 @@ _MAX_TABLE = 4096  # states of one table
 # there are more than a workgroup's.
 _LANES_WANTED = 1 << 17
 _MAX_SEGMENT_BLOCKS = 8
+_MIN_GROUP_SEGMENTS = 8  # fewer lanes are long about the table
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
 # Lanes of a workgroup of matmul, and those of them that share its rows, each with four tokens.
@@ -53,6 +63,8 @@ _PRODUCT_LANES, _TOKEN_LANES, _FEW_TOKEN_LANES = 256, 16, 8
 _BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
 _LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
 _GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
+
+_MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for a norm
 
 _SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
 _OTHER_BYTES = 1024  # of workgroup memory that it needs besides
@@ -166,7 +178,10 @@ class GpuMatrix:
     def _wanted_segments(self, rows: int, max_segments: int) -> int:
         """Of a row; a workgroup takes up to `max_segments`."""
         long = -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
-        wanted = max(-(-_LANES_WANTED // rows), min(long, max_segments))
+        least = _MIN_GROUP_SEGMENTS
+        while self.n_blocks % least and least < max_segments:
+            least += 1
+        wanted = max(-(-_LANES_WANTED // rows), min(max(least, long), max_segments))
         # Full workgroups are worth more segments, if these are alike.
         full = -(-wanted // max_segments) * max_segments
         return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
@@ -256,7 +271,8 @@ class GpuMatrix:
     def _segments(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
         lanes = TILE * self.segments_per_group
-        room = self.kernels.device.workgroup_memory - 4 * self._copies * self.n_states - _OTHER_BYTES
+        taken = 4 * self._copies * self.n_states + _OTHER_BYTES
+        room = self.kernels.device.workgroup_memory - taken
         # Of all tokens at once compilers make slow loops (H100: 152 instead of 92 us for 8).
         most = max(1, min(_SUMS_AT_ONCE, tokens // 2, room // (4 * lanes)))
         at_once = min(self.segments_per_group, most)
@@ -280,9 +296,32 @@ class GpuMatrix:
         size = 4 * self.splits * tokens * self.rows
         return Output(self.kernels.device.empty(label, size), self.splits)
 
+    def makes_input(self, digits: int, *, all_columns: bool = False) -> bool:
+        """Whether a matvec of one token had better make its input itself of what launches before
+        have left: every tile's workgroups do it again, of the columns of a split, in less time than
+        a launch takes if these are a quad a lane at most. `all_columns`: they need to see the
+        others too, as for a norm.
+        """
+        lanes, split = TILE * self.segments_per_group, self._split_blocks
+        if self.whole_rows or self.floats or self.cols % 4:
+            return False
+        if BLOCK * (self.n_blocks if all_columns else split) > 4 * lanes:
+            return False
+        if all_columns and self.cols > _MAX_NORM_COLUMNS:
+            return False
+        # Beside the table four arrays of a word a lane, and the input.
+        room = 4 * _MAX_TABLE + 16 * lanes + split * (BLOCK * digits + 8) + _OTHER_BYTES
+        return bool(room <= self.kernels.device.workgroup_memory)
+
+    @property
+    def _split_blocks(self) -> int:
+        """Most blocks of a split."""
+        ends = [self._first_block(i * self.segments_per_group) for i in range(self.splits + 1)]
+        return max(end - begin for begin, end in pairwise(ends))
+
     def matvec(
         self,
-        x: Activations,
+        x: Activations | Output | Residual,
         y: Output,
         *,
         tokens: int,
@@ -292,15 +331,29 @@ class GpuMatrix:
     ) -> Iterator[Dispatch]:
         """y[split, t] = the split's share of W x[t]; and, for one token, what comes `then`.
 
-        `eps`: x comes from such a norm, which has left its factor to this matvec.
+        `eps`: x comes from such a norm, which has left its factor to this matvec. A matrix that
+        `makes_input` also takes a residual, of which x is the norm, or gate | up, of which x =
+        silu(gate) * up.
         """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
-        if self.floats:
+        tile, lanes = TILE, TILE * self.segments_per_group
+        activations: dict[str, Any]
+        if isinstance(x, Residual):
+            name, activations = "norm_matvec", dict(x=x.x, added=x.added.buffer)
+            activations |= dict(weight=x.weight, x_out=x.out)
+            overrides |= dict(added_splits=x.added.splits)
+        elif isinstance(x, Output):
+            name, activations = "swiglu_matvec", dict(gate_up=x.buffer)
+            overrides |= dict(gate_splits=x.splits)
+        elif self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
         else:
             name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
+        if not self.floats:
             overrides["digits"] = digits
-        tile, lanes = TILE, TILE * self.segments_per_group
+        made = not isinstance(x, Activations)
+        if made:
+            overrides["split_blocks"] = self._split_blocks
         if self.whole_rows:
             name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
         else:
@@ -313,14 +366,19 @@ class GpuMatrix:
             after: dict[str, Any] = {}
             if not self.floats:
                 params |= dict(norm_dim=0 if eps is None else self.cols, norm_eps=eps or 0.0)
+            if isinstance(x, Output):
+                params["cols"] = self.cols
+            if isinstance(x, Activations) and not self.floats:
                 after["squares"] = x.squares or x.scale
             if not self.whole_rows:
                 params["rows_padded"] = part.rows_padded
+            if made or then:
+                overrides["lanes"] = lanes
             if not then:
                 kernel = self.kernels.get(name, **overrides)
             else:
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, splits=y.splits, lanes=lanes, **overrides
+                    f"{name}_then", gated=then.gated, splits=y.splits, **overrides
                 )
                 params["dim"] = then.dim
                 after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)

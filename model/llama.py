@@ -15,7 +15,7 @@ import numpy as np
 from engine.device import Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
-from model.activations import FLOAT, Activations, Output, Then
+from model.activations import FLOAT, Activations, Output, Residual, Then
 from model.gpu_matrix import GpuMatrix
 from model.kv_cache import KVCache, half_padded
 from model.operations import AttentionCut, Operations
@@ -111,11 +111,18 @@ class Llama:
         self.finishes_heads = c.head_dim % 32 == 0 and (device.fences or cut.n_splits == 1)
         self.finishes_heads &= cut.overrides["lanes"] >= c.head_dim // 4
         self._fused = device.fences and self.digits != FLOAT
+        # Small matrices make their inputs themselves.
+        first = self.blocks[0]
+        self._makes_norms = all(
+            matrix.makes_input(self.digits, all_columns=True)
+            for matrix in (first.qkv_proj, first.gate_up_proj)
+        )
+        self._makes_h = first.down_proj.makes_input(self.digits)
         self.operations = Operations(self)
         n, d = MAX_TOKENS, self.digits
-        first = self.blocks[0]
         self.state = device.empty("state", 4 * (4 + n))
         self.x = device.empty("x", 4 * n * c.dim)
+        self.x_out = device.empty("x_out", 4 * c.dim)
         self.xn = Activations.empty(device, "xn", n, d, c.dim)
         self.qkv = first.qkv_proj.output("qkv", n)
         self.partial = device.empty(
@@ -210,16 +217,21 @@ class Llama:
     def _layers(self, tokens: int) -> Iterator[Dispatch]:
         n: dict[str, Any] = {"tokens": tokens, "digits": self.digits}
         do = self.operations
-        fused = self._fused and tokens == 1
-        eps = self.config.norm_eps if fused else None
+        made = self._makes_norms and tokens == 1
+        fused = self._fused and tokens == 1 and not made
+        eps = self.config.norm_eps if fused or made else None
         norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
         before = Output(self.down.buffer, 0)
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
         for i, layer in enumerate(self.blocks):
-            if i == 0 or not fused:
+            xn: Activations | Residual = self.xn
+            if made:
+                xn = Residual(self.x, before, norms[i], self.x_out)
+            elif i == 0 or not fused:
                 yield do.rms_norm(tokens, before, norms[i], **self._normed)
             before = self.down
-            yield from layer.qkv_proj.matvec(self.xn, self.qkv, **n, eps=eps if i else None)
+            has_factor = i == 0 and not made
+            yield from layer.qkv_proj.matvec(xn, self.qkv, **n, eps=None if has_factor else eps)
             qkv = self.qkv
             if self.qkv_heads is not None:
                 qkv = self.qkv_heads
@@ -233,15 +245,20 @@ class Llama:
             then = self._then_norm(norm) if fused else None
             yield from layer.o_proj.matvec(self.attn, self.o, **n, then=then)
 
-            if not fused:
+            if made:
+                xn = Residual(self.x_out, self.o, norm, self.x)
+            elif not fused:
                 yield do.rms_norm(tokens, self.o, norm, **self._normed)
             # On a GPU it is longer about the counts of so many rows than a launch takes.
             then = self._then_swiglu() if fused and self.device.software else None
-            yield from layer.gate_up_proj.matvec(self.xn, self.gate_up, **n, eps=eps, then=then)
-            if then is None:
+            yield from layer.gate_up_proj.matvec(xn, self.gate_up, **n, eps=eps, then=then)
+            h: Activations | Output = self.h
+            if tokens == 1 and self._makes_h:
+                h = self.gate_up
+            elif then is None:
                 yield do.swiglu(tokens, self.gate_up, out=self.h)
             then = self._then_norm(norms[i + 1]) if fused else None
-            yield from layer.down_proj.matvec(self.h, self.down, **n, then=then)
+            yield from layer.down_proj.matvec(h, self.down, **n, then=then)
 
     @property
     def _normed(self) -> dict[str, Any]:
@@ -254,7 +271,7 @@ class Llama:
         return dict(partial=self.partial, out=self.attn, n_splits=self.attention_cut.n_splits)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
-        fused = self._fused and pass_tokens == 1
+        fused = self._fused and pass_tokens == 1 and not self._makes_norms
         if not fused:
             last = tokens < pass_tokens
             yield self.operations.rms_norm(

@@ -9,6 +9,7 @@
 
 //#import state
 //#import digits
+//#import quantized
 //#import quantize
 //#import last
 //#import pairs

@@ -3,6 +3,7 @@
 
 //#import state
 //#import digits
+//#import quantized
 //#import quantize
 
 override n_splits: u32;

@@ -6,6 +6,7 @@
 
 //#import state
 //#import digits
+//#import quantized
 //#import quantize
 //#import last
 //#import pairs
@@ -62,6 +63,7 @@ var<workgroup> corrections: vec4<f32>;
 struct Heads { a: Pair, b: Pair, c: Pair, d: Pair }
 struct Row { vectors: Vectors, scale: vec2<f32> }
 struct Rows { a: Row, b: Row, c: Row, d: Row }  // of the positions that a lane has under way
+struct Own { is_there: bool, key: Row, value: Row }  // what a lane has put into the cache, and so need not wait for
 
 struct Lane {
   token: u32,
@@ -126,13 +128,13 @@ fn query(head: u32, quad: u32) -> Pair {
 // Puts into the cache what the workgroup is going to read and no earlier pass has written: of its tiles, which are every
 // n_used-th from `first_tile` on. Other workgroups of the kv head, and later tokens of the sequence, write the same: it is
 // the same arithmetic on the same numbers, so whichever write comes last leaves the same bits, and nobody waits for another.
-fn write_cache(lane: u32, kv_head: u32, token: u32, first_tile: u32, n_used: u32) {
-  let i = lane % half_quads;
-  for (var begin = first_of_sequence(token); begin <= token; begin += n_groups) {
-    // Lanes of other warps than have the queries come first.
-    let source = begin + (lane / half_quads + (n_groups + 1u) / 2u) % n_groups;
+// A lane writes what it will read; what it wrote last it also returns.
+fn write_cache(l: Lane, lane: u32, kv_head: u32, first_tile: u32, n_used: u32) -> Own {
+  var own: Own;
+  for (var begin = first_of_sequence(l.token); begin <= l.token; begin += n_groups) {
+    let source = begin + (l.group + n_groups - row_position(begin) % n_groups) % n_groups;
     var pos = 0u;
-    var is_mine = lane < n_groups * half_quads && source <= token;
+    var is_mine = l.group < n_groups && source <= l.token;
     if (is_mine) {
       pos = row_position(source);
       is_mine = pos / tile_size >= first_tile && (pos / tile_size - first_tile) % n_used == 0u;
@@ -140,22 +142,38 @@ fn write_cache(lane: u32, kv_head: u32, token: u32, first_tile: u32, n_used: u32
     var k: Pair;
     var v: Pair;
     if (is_mine) {
-      k = rotated(projected(source, params.n_heads + kv_head, i), pos, i);
-      v = projected(source, params.n_heads + params.n_kv_heads + kv_head, i);
+      k = rotated(projected(source, params.n_heads + kv_head, l.quad), pos, l.quad);
+      v = projected(source, params.n_heads + params.n_kv_heads + kv_head, l.quad);
     }
     var most = vec3<f32>(0.0);
     if (min(key_bits, value_bits) < 16u) {
       shares[lane] = vec4<f32>(largest_of(k, v), 0.0);
       workgroupBarrier();
-      for (var n = lane - i; n < min(lane - i + half_quads, lanes); n++) { most = max(most, shares[n].xyz); }
+      let first = lane - l.quad;
+      for (var n = first; n < min(first + half_quads, lanes); n++) { most = max(most, shares[n].xyz); }
       workgroupBarrier();
     }
     if (is_mine) {
       let row = kv_head * params.max_pos + cache_position(source, pos);
-      store_key(row, i, k, most.x);
-      store_value(row, i, v, most.yz);
+      store_key(row, l.quad, k, most.x);
+      store_value(row, l.quad, v, most.yz);
+      own.key = Row(packed_key(k, most.x), vec2<f32>(packed_key_scale(most.x)));
+      own.value = Row(packed_value(v, most.yz), packed_value_scale(most.yz));
+      own.is_there = true;
     }
   }
+  return own;
+}
+
+fn replaced(rows: Rows, j: u32, row: Row) -> Rows {
+  var next = rows;
+  switch j {
+    case 0u: { next.a = row; }
+    case 1u: { next.b = row; }
+    case 2u: { next.c = row; }
+    default: { next.d = row; }
+  }
+  return next;
 }
 
 // Element k of quad c of a head. What this shader joins itself has neighbouring quads side by side, as lanes load them.
@@ -208,19 +226,26 @@ fn main(
   var tile = select(end_tile, first_tile + split, split < n_used);
   var keys = key_rows(l, tile);  // they come from far away, and are on their way while q is made
   var values = value_rows(l, tile);
-  if (l.group < 4u) {
+  // Lanes of other warps than have the newest key.
+  let q_head = (l.group + 2u * n_groups - pos % n_groups - n_groups / 2u) % n_groups;
+  if (l.group < n_groups && q_head < 4u) {
     var q = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
-    if (l.group < n_heads) { q = rotated(projected(token, first_head + l.group, l.quad), pos, l.quad); }
-    query_lo[lane] = q.lo;
-    query_hi[lane] = q.hi;
+    if (q_head < n_heads) { q = rotated(projected(token, first_head + q_head, l.quad), pos, l.quad); }
+    query_lo[q_head * half_quads + l.quad] = q.lo;
+    query_hi[q_head * half_quads + l.quad] = q.hi;
   }
-  write_cache(lane, kv_head, token, tile, n_used);
-  storageBarrier();
+  var own = write_cache(l, lane, kv_head, tile, n_used);
+  let first_token = first_of_sequence(token);
+  if (first_token < token) {  // the pass has more of the sequence, which other lanes may have written
+    own.is_there = false;
+    storageBarrier();
+    workgroupBarrier();
+    if (tile < end_tile && (tile + 1u) * tile_size > row_position(first_token)) {
+      keys = key_rows(l, tile);
+      values = value_rows(l, tile);
+    }
+  }
   workgroupBarrier();
-  if (tile < end_tile && (tile + 1u) * tile_size > row_position(first_of_sequence(token))) {  // this pass's are in it
-    keys = key_rows(l, tile);
-    values = value_rows(l, tile);
-  }
 
   let head = lane % 4u;  // whose scores the lane adds up, of every (lanes / 4)-th position
   let nothing = Pair(vec4<f32>(0.0), vec4<f32>(0.0));
@@ -228,6 +253,10 @@ fn main(
   var sum = 0.0;
   var mixed = Heads(nothing, nothing, nothing, nothing);
   for (; tile < end_tile; tile += n_used) {
+    if (own.is_there && tile + 1u == end_tile) {
+      keys = replaced(keys, pos % tile_size / n_groups, own.key);
+      values = replaced(values, pos % tile_size / n_groups, own.value);
+    }
     let q = Heads(query(0u, l.quad), query(1u, l.quad), query(2u, l.quad), query(3u, l.quad));
     if (l.group < n_groups) {
       let at = l.group * stride + l.quad;

@@ -10,7 +10,10 @@
 //#import table
 //#import sums
 //#import digits
+//#import input
+//#import input_ready
 //#import dot
+//#import squares
 //#import norm_factor
 //#import segments
 //#import product

@@ -10,7 +10,9 @@
 //#import table_rows
 //#import sums
 //#import digits
+//#import input
 //#import dot
+//#import squares
 //#import norm_factor
 //#import product_rows
 

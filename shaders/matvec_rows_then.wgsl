@@ -8,10 +8,14 @@
 //#import table_rows
 //#import sums
 //#import digits
+//#import input
 //#import dot
 //#import product_rows
+//#import squares
 //#import norm_factor
+//#import quantized
 //#import quantize
+//#import silu
 //#import gated
 //#import then
 

@@ -9,11 +9,16 @@
 //#import table
 //#import sums
 //#import digits
+//#import input
+//#import input_ready
 //#import dot
 //#import segments
 //#import product
+//#import squares
 //#import norm_factor
+//#import quantized
 //#import quantize
+//#import silu
 //#import gated
 //#import then
 

@@ -4,6 +4,7 @@
 
 //#import state
 //#import digits
+//#import quantized
 //#import quantize
 
 override splits: u32;  // of y; 0: nothing to add

@@ -3,7 +3,9 @@
 
 //#import state
 //#import digits
+//#import quantized
 //#import quantize
+//#import silu
 //#import gated
 
 override splits: u32;  // of y

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from kernel_checks import (
+    DIGIT_UNIT,
     F32,
     MATRICES,
     check_quantized,
@@ -22,11 +23,11 @@ from kernel_checks import rng as rng
 
 from codec.classes import device_order
 from codec.lossless import LosslessMatrix, decode_lossless, encode_lossless
-from codec.matrix import decode_matrix, dequantize, encode_matrix, entry_points
+from codec.matrix import CodedMatrix, decode_matrix, dequantize, encode_matrix, entry_points
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model import reference
-from model.activations import FLOAT, Activations, Then
+from model.activations import FLOAT, Activations, Output, Residual, Then
 from model.gpu_matrix import GpuMatrix
 from model.llama import MAX_TOKENS
 from model.rows import MATVEC_ROWS
@@ -42,6 +43,14 @@ def test_matrices_cover_every_kind_of_code() -> None:
     assert [m.n_classes for m in every] == [1, 2, 2, 2, 1, 1, 5, 3, 2, 1]
     assert [m.group for m in every] == [2, 2, 2, 2, 2, 2, 2, 4, 4, 4]
     assert min(m.outliers.size for m in every[-3:-1]) > 0
+
+
+def product_error(m: CodedMatrix, x: np.ndarray, n_blocks: int) -> np.ndarray:
+    """How far off products of m with x may be; why is said in test_matvec."""
+    scale = m.scale.astype(np.float64)
+    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
+    error: np.ndarray = (n_blocks + 8) * F32 * (np.abs(x) @ (symbols * scale[:, None]).T)
+    return error
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
@@ -72,10 +81,7 @@ def test_matvec(
     # Integer dots are exact. Each block adds its dot and the offset that symbols are counted from,
     # which may be as large as 128 * 2^raw_bits steps; then blocks, outliers and the scale: n_blocks
     # + 8 roundings of such terms.
-    scale = m.scale.astype(np.float64)
-    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
-    terms = np.abs(x) @ (symbols * scale[:, None]).T
-    assert_close(got, want, (gpu.n_blocks + 8) * F32 * terms)
+    assert_close(got, want, product_error(m, x, gpu.n_blocks))
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0])
@@ -436,3 +442,131 @@ def test_a_matvec_multiplies_by_a_norms_factor(
     want *= 1 / np.sqrt(squares.sum(dtype=np.float64) / m.cols + eps)
     got = device.read(y.buffer, np.float32, (y.splits, m.rows))
     assert_close(got, want, (squares.size / 2 + 8) * F32 * np.abs(want))
+
+
+# (rows, cols, n_segments, largest weight): parts of blocks, two splits of 15 and 16 blocks, weights
+# small enough for no outliers.
+MAKERS = [(70, 332, 6, 99), (33, 972, 24, 99), (65, 620, 20, 4)]
+
+
+def maker(
+    kernels: Kernels, rng: np.random.Generator, rows: int, cols: int, n_segments: int, most: int
+) -> tuple[CodedMatrix, GpuMatrix]:
+    q = np.round(rng.laplace(size=(rows, cols)) * 2.5).clip(-most, most).astype(np.int32)
+    m = encode_matrix(q, rng.integers(-60, -20, rows).astype(np.int16), 11)
+    assert (m.outliers.size == 0) == (most == 4)
+    gpu = GpuMatrix(kernels, "w", m, n_segments=n_segments)
+    assert gpu.splits == -(-n_segments // 16)
+    return m, gpu
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("matrix", MAKERS)
+def test_a_matvec_makes_its_input_of_gate_and_up(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, int, int],
+    digits: int,
+) -> None:
+    """As if swiglu had left it in memory: but for outliers, which other lanes add, bit for bit."""
+    monkeypatch.setattr(kernels.device, "software", False)
+    device, gate_splits = kernels.device, 2
+    rows, cols, _, most = matrix
+    m, gpu = maker(kernels, rng, *matrix)
+    assert gpu.makes_input(digits)
+    values = (rng.normal(size=(gate_splits, 1, 2 * cols)) * 4).astype(np.float32)
+    gate_up = Output(device.upload("gate_up", values), gate_splits)
+    h = Activations.empty(device, "h", 1, digits, cols)
+    swiglu = kernels.get("swiglu", lanes=64, digits=digits, splits=gate_splits).dispatch(
+        [-(-gpu.n_blocks * 8 // 64), 1],
+        dict(hidden_dim=cols, n_blocks=gpu.n_blocks, tokens=1),
+        y=gate_up.buffer,
+        x_digits=h.digits,
+        x_scale=h.scale,
+    )
+    run(device, Plan([swiglu]))
+    x0 = rng.normal(size=rows).astype(np.float32)
+    out = Activations.empty(device, "out", 1, digits, rows)
+    weight = device.upload("weight", rng.normal(1, 0.3, rows).astype(np.float32))
+    arrived = device.empty("arrived", 4 * -(-rows // 32))
+    found = []
+    for given in (h, gate_up):
+        x, y = device.upload("x", x0), gpu.output("y", 1)
+        run(device, Plan(gpu.matvec(given, y, tokens=1, digits=digits)))
+        alone = device.read(y.buffer, np.float32, (y.splits, rows))
+        then = Then(False, rows, x, weight, out, arrived)
+        run(device, Plan(gpu.matvec(given, y, tokens=1, digits=digits, then=then)))
+        parts = device.read(y.buffer, np.float32, (y.splits, rows))
+        assert (parts == alone).all()
+        after = read_activations(device, out, 1, digits, rows)
+        found.append([parts, device.read(x, np.float32, (rows,)), *after.values()])
+    if most == 4:
+        assert all((a == b).all() for a, b in zip(*found, strict=True))
+    want = read_activations(device, h, 1, digits, cols)["x"]
+    error = product_error(m, want, gpu.n_blocks)
+    for parts, *_ in found:
+        got = parts.sum(axis=0, dtype=np.float64)
+        assert_close(got[None], want @ dequantize(m).T, error)
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("added_splits", [0, 3])
+@pytest.mark.parametrize("matrix", MAKERS)
+def test_a_matvec_makes_its_input_of_a_residual(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+    matrix: tuple[int, int, int, int],
+    added_splits: int,
+    digits: int,
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", False)
+    device, eps = kernels.device, 1e-5
+    rows, cols, _, _ = matrix
+    m, gpu = maker(kernels, rng, *matrix)
+    assert gpu.makes_input(digits, all_columns=True)
+    x = rng.normal(size=cols).astype(np.float32)
+    added = rng.normal(size=(3, cols)).astype(np.float32)
+    weight = rng.normal(1, 0.3, cols).astype(np.float32)
+    x_out = device.empty("x_out", 4 * cols)
+    residual = Residual(
+        device.upload("x", x),
+        Output(device.upload("added", added), added_splits),
+        device.upload("weight", weight),
+        x_out,
+    )
+    y = gpu.output("y", 1)
+    run(device, Plan(gpu.matvec(residual, y, tokens=1, digits=digits, eps=eps)))
+    sums = x + added[:added_splits].sum(axis=0, dtype=np.float64)
+    terms = np.abs(x) + np.abs(added[:added_splits]).sum(axis=0)
+    assert_close(device.read(x_out, np.float32, (cols,)), sums, added_splits * F32 * terms)
+
+    w = dequantize(m).astype(np.float64)
+    normed = reference.rms_norm(sums, weight.astype(np.float64), eps)
+    got = device.read(y.buffer, np.float32, (y.splits, rows)).sum(axis=0, dtype=np.float64)
+    # What digits leave of a column, as in check_quantized; before them three roundings of the sum,
+    # one of its product with the weight; the factor's, as in test_rms_norm; the product's.
+    blocks = np.zeros((gpu.n_blocks, 32))
+    blocks.ravel()[:cols] = np.abs(normed)
+    unit = blocks.max(axis=1) / 127 * (DIGIT_UNIT[digits] + 4 * 127 * F32)
+    off = np.repeat(unit, 32)[:cols] + 4 * F32 * terms / np.sqrt((sums**2).mean())
+    off += (cols / 2 + 8) * F32 * np.abs(normed)
+    error = product_error(m, np.abs(normed) + off, gpu.n_blocks) + np.abs(w) @ off
+    assert_close(got, w @ normed, error)
+
+
+def test_a_matvec_makes_its_input_only_where_lanes_are_enough(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", False)
+    m = coded(rng, 33, 1036, 2.5, 11)
+    few, enough = (GpuMatrix(kernels, "w", m, n_segments=n) for n in (8, 11))
+    assert enough.makes_input(1) and not few.makes_input(1)  # 33 blocks are 264 quads
+    halves = GpuMatrix(kernels, "w", m, n_segments=17)  # of 16 segments, so 256 lanes
+    assert halves.makes_input(1) and not halves.makes_input(1, all_columns=True)
+    assert not GpuMatrix(kernels, "w", coded(rng, 33, 1034, 2.5, 11)).makes_input(1)
+    monkeypatch.setattr(kernels.device, "workgroup_memory", 1 << 14)
+    assert not enough.makes_input(1)

@@ -1,13 +1,13 @@
-// Dot products of decoded weights with activations in int8 digits: the integer sums are exact. Beside it stands
-// digits.wgsl. The importer provides  in_digits: array<vec4<u32>>  (tokens, digits, 16-column groups),
-// in_scale: array<vec2<f32>>  (tokens, blocks): scale and sum of the block's x,  and  params.n_blocks, params.offset: f32
-// (min_symbol << raw_bits).
+// Dot products of decoded weights with activations in int8 digits: the integer sums are exact. Beside it stand digits.wgsl
+// and input.wgsl, or input_gated.wgsl. The importer provides  in_digits: array<vec4<u32>>  (tokens, digits, 16-column
+// groups),  in_scale: array<vec2<f32>>  (tokens, blocks): scale and sum of the block's x,  if not the latter of the two does,
+// and  params.n_blocks, params.offset: f32  (min_symbol << raw_bits).
 
 const DIGIT = 1.0 / 254.0;
 
 // Where the digits of 32 columns begin in in_digits.
 fn digits_at(token: u32, digit: u32, block: u32) -> u32 {
-  return ((token * digits + digit) * params.n_blocks + block) * 2u;
+  return ((token * digits + digit) * input_blocks() + input_block(block)) * 2u;
 }
 
 // min_symbol << raw; raw is at most raw_bits.
@@ -24,7 +24,7 @@ fn block_dot(a: Weights, b: Weights, token: u32, block: u32, offset: f32) -> f32
 }
 
 fn scaled(dot: f32, token: u32, block: u32, offset: f32) -> f32 {
-  let x = in_scale[token * params.n_blocks + block];
+  let x = in_scale[token * input_blocks() + input_block(block)];
   return dot * x.x + offset * x.y;
 }
 
@@ -40,13 +40,13 @@ fn dot_bytes(w: vec4<u32>, x: vec4<u32>) -> i32 {
 
 // No loop over digits: llvmpipe ends a lane's loops after some 65000 rounds in all, and rows have hundreds of outliers.
 fn activation(token: u32, column: u32) -> f32 {
-  let first = token * digits * 2u * params.n_blocks + (column >> 4u);
+  let first = digits_at(token, 0u, 0u) + (column >> 4u);
   var x = digit_at(first, column);
   if (digits == 3u) {
-    let group = 2u * params.n_blocks;
+    let group = 2u * input_blocks();
     x += DIGIT * (digit_at(first + group, column) + DIGIT * digit_at(first + 2u * group, column));
   }
-  return x * in_scale[token * params.n_blocks + (column >> 5u)].x;
+  return x * in_scale[token * input_blocks() + input_block(column >> 5u)].x;
 }
 
 fn digit_at(group: u32, column: u32) -> f32 {

@@ -1,5 +1,6 @@
 // A workgroup's share of W x: lane = row of a 32-row tile, workgroup row = column segment.
-// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl and norm_factor.wgsl.
+// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl, norm_factor.wgsl; and
+// input_ready.wgsl, or input_made.wgsl with what tells it of what.
 
 var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
 
@@ -8,22 +9,24 @@ var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
 fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   let lane = 32u * local.y + local.x;
   let segment = split * segments_per_group + local.y;
-  let share = share_of_squares(lane, 32u);
   let entry = entries[segment * params.rows_padded + tile * 32u + local.x];
+  let v = begin_input(split, lane);
   // The stream is on its way before the table, which all must wait for.
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  if (lane < 32u) { shares[lane / 4u][lane % 4u] = share; }
   load_table(lane, 32u * segments_per_group, first_entry(row_info[tile * 32u]));
+  end_input(v, lane);
   var sums = Sums();
   if (is_narrow(row)) {
     add_blocks(&sums, &s, segment, narrow_raw_bits);
   } else {
     add_blocks(&sums, &s, segment, raw_bits);
   }
-  // The row's segments share its outliers, wherever these are.
+  // The row's segments share its outliers, wherever these are; or those of the workgroup, if it knows no other input.
   let end_k = end_outlier(row);
-  for (var k = row.first_outlier + segment; k < end_k; k += params.n_segments) {
+  let step = select(params.n_segments, segments_per_group, INPUT_OF_SPLIT);
+  for (var k = row.first_outlier + select(segment, local.y, INPUT_OF_SPLIT); k < end_k; k += step) {
     let outlier = outliers[k];
+    if (INPUT_OF_SPLIT && !in_split(outlier_column(outlier), split)) { continue; }
     for (var t = 0u; t < tokens; t++) {
       sums[t] += outlier_value(outlier, row_raw_bits(row)) * activation(t, outlier_column(outlier));
     }
@@ -40,6 +43,12 @@ fn add_blocks(sums: ptr<function, Sums>, s: ptr<function, Stream>, segment: u32,
     if (tokens == 1u) { clear_rest(s); }
     for (var t = 0u; t < tokens; t++) { (*sums)[t] += block_dot(a, b, t, block, weight_offset(raw)); }
   }
+}
+
+fn in_split(column: u32, split: u32) -> bool {
+  let block = column / 32u;
+  let segment = split * segments_per_group;
+  return block >= first_block(segment) && block < first_block(segment + segments_per_group);
 }
 
 // The row's scale and the norm's factor.

@@ -1,0 +1,63 @@
+// matvec_then whose input is h = silu(gate) * up: every workgroup makes the columns that it reads of gate and up. One launch
+// instead of two where these are few (model/gpu_matrix.py). Lanes, segments, splits and dispatch as in matvec.
+
+//#import state
+//#import funnel
+//#import ans
+//#import stream
+//#import matrix
+//#import table
+//#import sums
+//#import digits
+//#import quantized
+//#import quantize
+//#import silu
+//#import gated
+//#import input_made
+//#import input_gated
+//#import dot
+//#import segments
+//#import product
+//#import norm_factor
+//#import then
+
+struct Params {
+  rows: u32,
+  rows_padded: u32,
+  y_rows: u32,
+  n_blocks: u32,
+  n_segments: u32,
+  offset: f32,
+  norm_dim: u32,
+  norm_eps: f32,
+  dim: u32,   // of x
+  cols: u32,  // hidden_dim
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read> row_info: array<Row>;
+@group(0) @binding(3) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
+@group(0) @binding(4) var<storage, read> table: array<vec4<u32>>;
+@group(0) @binding(5) var<storage, read> outliers: array<u32>;
+@group(0) @binding(6) var<storage, read> gate_up: array<vec4<f32>>;  // (gate_splits, 2 cols / 4)
+@group(0) @binding(7) var<storage, read_write> y: array<atomic<u32>>;  // f32 (splits, y_rows)
+@group(0) @binding(8) var<storage, read_write> arrived: array<atomic<u32>>;  // one a block
+@group(0) @binding(9) var<storage, read_write> x: array<f32>;  // (dim,)
+@group(0) @binding(10) var<storage, read> weight: array<f32>;
+@group(0) @binding(11) var<storage, read_write> x_digits: array<u32>;
+@group(0) @binding(12) var<storage, read_write> x_scale: array<vec2<f32>>;
+@group(0) @binding(13) var<storage, read_write> squares: array<vec4<f32>>;  // of x
+
+@compute @workgroup_size(32, segments_per_group)
+fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,
+        @builtin(workgroup_id) group: vec3<u32>) {
+  let index = group.x * 32u + local.x;
+  let row = row_info[index];
+  none_ready(lane);
+  let sums = segment_product(group.x, group.y, local.xy, row);
+  write_sums(sums, row, index, local.xy, group.y);
+  storageBarrier();
+  if (local.y == 0u && index < params.rows) { arrive(matrix_row(row)); }
+  then(lane);
+}
