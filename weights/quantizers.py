@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -166,8 +167,12 @@ class InTurn:
     ) -> tuple[npt.NDArray[np.int32], ScaleLog2]:
         if not matrix.in_block:
             return self._whitened.integers(matrix, c, every)
-        with np.load(self._path(matrix)) as file:
-            return file["q"][::every], file["scale"][::every]
+        path = self._path(matrix)
+        try:
+            with np.load(path) as file:
+                return file["q"][::every], file["scale"][::every]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise WeightsError(f"{path}: cannot be read ({error}); delete its folder") from None
 
     def remove(self) -> None:
         """Delete the folder, as far as that can be done."""
