@@ -12,10 +12,14 @@ has an even diagonal, and elsewhere the sweep does what it can.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-DAMPING = 0.1  # of H's mean diagonal: inputs as uncertain as a text of 10^4 tokens leaves them
+# What is added to H: of each input's own mean square, as inputs are as uncertain as a text of 10^4
+# tokens leaves them, and of the mean of all, for those that were hardly seen.
+DAMPING_OF_EACH, DAMPING_OF_MEAN = 0.3, 0.02
 # What a bit is worth, in steps^2; uniform noise of step^2 / 12 falls by a quarter for a bit, that
 # is by step^2 / 8. Less near zero, where rounding down costs more than that says.
 PRICE = 0.1
@@ -26,19 +30,21 @@ _LEAST_GRADIENT = 0.03  # of the matrix's root mean square: no text shows all th
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int32]
+Spread = Callable[[Callable[[slice], Integers], Sequence[slice]], Iterable[Integers]]  # a map()
 
 
-def inverse_factor(hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Floats:
-    """U (cols, cols), upper triangular, with U^T U = (H + damping * mean diagonal)^-1.
+def inverse_factor(hessian: npt.NDArray[np.floating]) -> Floats:
+    """U (cols, cols), upper triangular, with U^T U = (H + damping)^-1.
 
     Inputs that were never seen, zeros in H, are as good as independent small ones.
     """
-    return _inverse(_factor(hessian, damping))
+    return _inverse(_factor(hessian))
 
 
-def inverse_factor_diagonal(hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Floats:
+def inverse_factor_diagonal(hessian: npt.NDArray[np.floating]) -> Floats:
     """The diagonal of `inverse_factor` alone (cols,), for a quarter of the work."""
-    diagonal: Floats = 1 / np.diag(_factor(hessian, damping))
+    diagonal: Floats = 1 / np.diag(_factor(hessian))
     return diagonal
 
 
@@ -56,26 +62,45 @@ def unit_steps(diagonal: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
 
 
 def quantize_whitened(
-    w: Array, u: Floats, steps: Array, sparsity: float = 0.0
-) -> npt.NDArray[np.int32]:
+    w: Array,
+    u: Floats,
+    steps: Array,
+    sparsity: float = 0.0,
+    n_parts: int = 1,
+    spread: Spread = map,
+) -> Integers:
     """w (rows, cols), U, steps (rows,) -> integers (rows, cols); a step of 0 gives zeros.
 
     Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
     error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding. Before that a
     share `sparsity` of the weights, those whose loss adds least, becomes zero: chosen among _BLOCK
-    columns when the sweep comes to them (SparseGPT, Frantar & Alistarh 2023).
+    columns when the sweep comes to them (SparseGPT, Frantar & Alistarh 2023). Rows do not depend on
+    each other: `spread` works on `n_parts` of them, the same whoever does.
     """
     divisors = np.where(steps > 0, steps, np.inf).astype(np.float32)
     z: Array = np.divide(w.T, divisors, order="C")
-    q = _sweep(z, u, _bits(z), sparsity)
-    return np.ascontiguousarray(q.T)
+    diagonal = np.diag(u)
+    passed_on = (u / diagonal[:, None]).astype(np.float32)
+    # An error's weight in the loss, whose mean (of logarithms) is 1.
+    weight = ((np.exp(np.mean(np.log(diagonal))) / diagonal) ** 2).astype(np.float32)
+    prices = PRICE * _bits(z)[:, None] / weight  # (integers, cols)
+
+    def work(rows: slice) -> Integers:
+        return _sweep(z[:, rows], passed_on, weight, prices, sparsity)
+
+    ends = [len(w) * i // n_parts for i in range(n_parts + 1)]
+    q = list(spread(work, list(map(slice, ends, ends[1:]))))
+    return np.ascontiguousarray(np.concatenate(q, axis=1).T)
 
 
-def _factor(hessian: npt.NDArray[np.floating], damping: float) -> Floats:
-    """R, upper triangular, with R R^T = H + damping * mean diagonal."""
+def _factor(hessian: npt.NDArray[np.floating]) -> Floats:
+    """R, upper triangular, with R R^T = H + damping."""
     h = hessian.astype(np.float64)
-    mean = np.trace(h) / len(h)
-    h[np.diag_indices_from(h)] += damping * mean if mean > 0 else 1.0
+    diagonal = np.diag(h)
+    mean = np.mean(diagonal)
+    h[np.diag_indices_from(h)] += (
+        DAMPING_OF_EACH * diagonal + DAMPING_OF_MEAN * mean if mean > 0 else 1.0
+    )
     # Cholesky's factorisation from the last row upwards.
     return np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1].astype(np.float64)
 
@@ -102,21 +127,16 @@ def _bits(z: Array) -> Array:
     return bits
 
 
-def _sweep(z: Array, u: Floats, bits: Array, sparsity: float) -> npt.NDArray[np.int32]:
+def _sweep(z: Array, passed_on: Array, weight: Array, prices: Array, sparsity: float) -> Integers:
     """z (cols, rows), used up -> integers (cols, rows)."""
     cols, rows = z.shape
     q = np.empty((cols, rows), np.int32)
-    diagonal = np.diag(u)
-    passed_on = (u / diagonal[:, None]).astype(np.float32)
-    # An error's weight in the loss, whose mean (of logarithms) is 1.
-    weight = (np.exp(np.mean(np.log(diagonal))) / diagonal) ** 2
-    prices = PRICE * bits[:, None] / weight.astype(np.float32)  # (integers, cols)
     for begin in range(0, cols, _BLOCK):
         end = min(begin + _BLOCK, cols)
         errors = np.empty((end - begin, rows), np.float32)
         pruned = None
         if sparsity > 0:
-            loss = z[begin:end] ** 2 * weight[begin:end, None].astype(np.float32)
+            loss = z[begin:end] ** 2 * weight[begin:end, None]
             pruned = loss <= np.quantile(loss, sparsity)
         for j in range(begin, end):
             chosen = _round(z[j], prices[:, j])

@@ -269,9 +269,8 @@ class GpuMatrix:
     def _segments(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
         lanes = TILE * self.segments_per_group
-        room = (
-            self.kernels.device.workgroup_memory - 4 * self._copies * self.n_states - _OTHER_BYTES
-        )
+        taken = 4 * self._copies * self.n_states + _OTHER_BYTES
+        room = self.kernels.device.workgroup_memory - taken
         # Of all tokens at once compilers make slow loops (H100: 152 instead of 92 us for 8).
         most = max(1, min(_SUMS_AT_ONCE, tokens // 2, room // (4 * lanes)))
         at_once = min(self.segments_per_group, most)

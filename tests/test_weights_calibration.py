@@ -249,9 +249,7 @@ def test_stopped_calibration_goes_on_where_it_ended(
         "head.npz",
         "layer-0.npz",
         "layer-1.npz",
-        "residual.npy",
     ]
-    assert np.array_equal(resumed.residual, calibration.residual)
 
 
 def test_memory_holds_the_weights_of_one_block(

@@ -30,7 +30,7 @@ Array = npt.NDArray[np.float32]
 
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
 WIDE = dataclasses.replace(CONFIG, dim=136, hidden_dim=210, n_heads=6, head_dim=22, vocab_size=97)
-SAMPLED = CalibrationText(256)
+SAMPLED = CalibrationText(256, in_turn=True)
 NONE = CalibrationText(0)
 
 
@@ -80,8 +80,9 @@ def test_calibrated_conversion_meets_the_asked_rate(
     file = WeightsFile.open(tmp_path / "out")
     weighed = [m for m in layout.matrices(config) if tied or m.name != layout.EMBEDDING]
     stored = sum(file.stored_bits(m.name) for m in weighed)
-    # Matrices of so few rows are probed whole, at a constant near the last one.
-    assert stored / sum(m.rows * m.cols for m in weighed) == pytest.approx(bits, abs=0.02)
+    # Matrices of so few rows are probed whole, at a constant near the last one; in turn they become
+    # a little larger.
+    assert stored / sum(m.rows * m.cols for m in weighed) == pytest.approx(bits, abs=0.03)
     if not tied:
         wanted = max(bits, LEAST_EMBED_BITS)
         rate = file.stored_bits(layout.EMBEDDING) / (97 * 136)
@@ -141,6 +142,15 @@ def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
         assert 0.4 <= zero < 0.55 if matrix.in_block else zero < 0.25
 
 
+def test_pruned_model_has_the_asked_rate(tmp_path: Path) -> None:
+    source = source_of(tmp_path, WIDE, lively(WIDE))
+    convert(source, tmp_path / "out", 3, text=SAMPLED, sparsity=0.7)
+    file = WeightsFile.open(tmp_path / "out")
+    assert file.bits_per_weight(block_only=False) == pytest.approx(3, abs=0.03)
+    with pytest.raises(WeightsError, match=r"the model: 3 bits .* the nearest is [12]\.\d\d; ask"):
+        convert(source, tmp_path / "out", 3, text=SAMPLED, sparsity=0.97)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -149,7 +159,6 @@ def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
         ({"sparsity": 0.5, "text": NONE}, "sparsity needs a calibration"),
         ({"sparsity": 0.5, "bits": "lossless"}, "lossless keeps all weights"),
         ({"text": CalibrationText(-1)}, "calibration-tokens is -1, expected 0 or more"),
-        ({"text": CalibrationText(9, tuning_steps=-2)}, "tuning-steps is -2, expected 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -319,7 +328,7 @@ def test_parts_that_do_nothing_do_no_harm(tmp_path: Path, kill: partial[None]) -
     source = source_of(tmp_path, WIDE, tensors)
     convert(source, tmp_path / "out", 6, text=SAMPLED)
     file = WeightsFile.open(tmp_path / "out")
-    assert file.bits_per_weight(block_only=False) == pytest.approx(6, abs=0.005)
+    assert file.bits_per_weight(block_only=False) == pytest.approx(6, abs=0.01)
     assert kl(tmp_path / "out", source) < 0.01
 
 

@@ -116,6 +116,16 @@ def test_every_scale_is_moved(case: Case) -> None:
         assert np.array_equal(tensors[name], before.astype(np.float32)) == still, name
 
 
+def test_moved_scales_can_be_undone(case: Case, assert_close: AssertClose) -> None:
+    for matrix in layout.matrices(case.config):
+        w = case.tensors[matrix.name].astype(np.float32)
+        case.equalized.matrix(matrix, w)
+        case.equalized.undone(matrix, w)
+        # Of two scales each, rounded to float32, there and back.
+        before = case.tensors[matrix.name]
+        assert_close(w, before, 10 * EPS32 * np.abs(before))
+
+
 def diagonal(case: Case, matrix: layout.Matrix) -> Array:
     whitening = case.equalized.whitening(matrix)
     assert whitening is not None

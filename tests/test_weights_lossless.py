@@ -16,7 +16,7 @@ from engine.errors import WeightsError
 from model.reference import Reference
 from weights import cache, inspect, layout
 from weights import convert as command
-from weights.convert import convert
+from weights.convert import RECIPE_VERSION, convert
 from weights.sources import LazyTensor, Source, open_source
 from weights.store import WeightsFile
 
@@ -148,7 +148,7 @@ def test_resolve_keeps_a_model_without_loss_under_its_own_name(
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
     folder = write_hf_folder(tmp_path / "tiny", UNTIED, random_tensors(UNTIED))
     path = cache.resolve(folder, "lossless", progress=False)
-    assert path.name.endswith("-lossless-v6.safetensors")
+    assert path.name.endswith(f"-lossless-v{RECIPE_VERSION}.safetensors")
     assert "without loss" in capsys.readouterr().err
     assert WeightsFile.open(path).lossless
     assert cache.resolve(folder, "lossless") == path != cache.resolve(folder, 5.0)

@@ -1,23 +1,23 @@
-"""A source model to a weights file: calibrate, quantize, encode, verify, tune norms, write.
+"""A source model to a weights file: calibrate, quantize, encode, verify, write.
 
 Two passes over the source, matrix by matrix: histograms, from which the step constants follow for
-the asked rates; then the code itself. Memory holds a few matrices at a time, never the model, but
-for the sampling of calibration text and, where it fits, for the tuning. Without loss there is
-nothing to measure, and the second pass is all.
+the asked rates; then the code itself. By the full recipe blocks are quantized in turn between the
+two. Memory holds a few matrices at a time, never the model, but for the sampling of calibration
+text. Without loss there is nothing to measure, and the second pass is all.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
@@ -29,20 +29,20 @@ from engine.tokenizer import Tokenizer
 from weights import layout
 from weights.bits import Bits, parse_bits
 from weights.calibration.calibration import Calibration, calibrate, own_text
+from weights.calibration.in_turn import quantize_in_turn
 from weights.calibration.text import read_windows
-from weights.calibration.tune import forget_tuning, tune_norms
 from weights.container import check_place
 from weights.folder import cache_folder
-from weights.inspect import MatrixReport, describe, describe_file, format_file
+from weights.inspect import MatrixReport, describe, format_file
 from weights.parallel import in_processes, matrix_bytes, memory_bytes
-from weights.quantizers import Plain, Quantizer, Whitened, code, measure, read_fused
+from weights.quantizers import InTurn, Plain, Quantizer, Whitened, code, measure, read_fused
 from weights.rates import check_rates, find_constants
 from weights.sources import Source, open_source
 from weights.store import WeightsFile, write_weights
 
 # Part of the name of a converted file in the cache: to be raised whenever the same source and bits
 # give another file.
-RECIPE_VERSION = 6
+RECIPE_VERSION = 7
 
 R = TypeVar("R")
 Encode = Callable[[layout.Matrix], tuple[AnyMatrix, MatrixReport]]
@@ -60,10 +60,10 @@ class CalibrationText:
     tokens: int
     file: Path | None = None
     window: int = 256  # tokens that see each other
-    tuning_steps: int = 0  # of the norms, on the same text; see weights/calibration/tune.py
+    in_turn: bool = False  # blocks on the same text; see weights/calibration/in_turn.py
 
 
-FULL = CalibrationText(16384, tuning_steps=16)
+FULL = CalibrationText(16384, in_turn=True)
 # As good as in windows of 256, and written in fewer steps.
 QUICK = CalibrationText(4096, window=128)
 
@@ -89,7 +89,7 @@ def convert(
     A share `sparsity` of the blocks' weights is set to zero first, which needs a calibration.
     With "lossless" every weight stays the float32 that the source gives, bit for bit. `progress`
     shows a bar on a terminal. A calibration is removed when the file is there, unless
-    `keep_calibration`; one that was stopped, or is still there, is carried on, and so is a tuning.
+    `keep_calibration`; one that was stopped, or is still there, is carried on.
     WeightsError: weights that are not finite, rates out of reach, or a file that cannot be written;
     EngineError: a calibration text that cannot be used.
     """
@@ -100,12 +100,8 @@ def convert(
             raise WeightsError(f"sparsity is {sparsity:g}, but lossless keeps all weights")
     else:
         check_rates(bits, embed_bits)
-    for name, number in (
-        ("calibration-tokens", text.tokens),
-        ("tuning-steps", text.tuning_steps),
-    ):
-        if number < 0:
-            raise WeightsError(f"{name} is {number}, expected 0 or more")
+    if text.tokens < 0:
+        raise WeightsError(f"calibration-tokens is {text.tokens}, expected 0 or more")
     if not 0 <= sparsity < 1:
         raise WeightsError(f"sparsity is {sparsity:g}, expected 0 to less than 1")
     if sparsity and text.tokens == 0:
@@ -115,55 +111,43 @@ def convert(
     # A core works on its own matrix: products that are threaded too would wait for others.
     with bar, threadpool_limits(1, "blas"):
         if bits == "lossless":
-            encode = partial(_encode_lossless, source, log2_states)
-            return _write(source, Path(out), Plain(source), encode, bar)
+            lossless = partial(_encode_lossless, source, log2_states)
+            return _write(source, Path(out), Plain(source), lossless, bar)
         calibration = _calibration(source, text, bar)
         if calibration is None and sparsity:
             raise WeightsError(_SPARSITY_NEEDS)
-        quantize = partial(
-            _quantize, source, calibration, bits, embed_bits, log2_states, sparsity, bar
-        )
-        if calibration is None or text.tuning_steps < 1:
-            reports = quantize(Path(out))
-        else:
-            rates = f"{bits:g}-{embed_bits}-{sparsity:g}-{log2_states}-v{RECIPE_VERSION}"
-            untuned = calibration.folder / f"untuned-{rates}.safetensors"
-            reports = [] if untuned.is_file() else quantize(untuned)
-            file = WeightsFile.open(untuned)
-            vectors = tune_norms(
-                source, file, calibration, text.tuning_steps, _shown(bar, "tuning norms")
-            )
-            _write_file(
-                source,
-                Path(out),
-                ((name, file.matrix(name)) for name in file.matrix_names),
-                vectors,
-            )
-            reports = reports or describe_file(file)
-            forget_tuning(file, calibration)
-            untuned.unlink()
+        whitened = Whitened(source, calibration, sparsity) if calibration else None
+        quantizer: Quantizer = whitened or Plain(source)
+        constants = _constants(source, quantizer, bits, embed_bits, log2_states, bar)
+        in_turn = None
+        if calibration and whitened and text.in_turn:
+            facts = repr((sorted(constants.items()), sparsity, RECIPE_VERSION))
+            folder = calibration.folder / hashlib.sha256(facts.encode()).hexdigest()[:16]
+            quantizer = in_turn = InTurn(whitened, constants, folder)
+            show = _shown(bar, "quantizing")
+            quantize_in_turn(source, calibration.tokens, in_turn.quantize, folder, show)
+        encode = partial(_encode, quantizer, constants, log2_states)
+        reports = _write(source, Path(out), quantizer, encode, bar)
+        if in_turn:
+            in_turn.remove()
     if calibration and not keep_calibration:
         calibration.remove()
     return reports
 
 
-def _quantize(
+def _constants(
     source: Source,
-    calibration: Calibration | None,
+    quantizer: Quantizer,
     bits: float,
     embed_bits: float | None,
     log2_states: int,
-    sparsity: float,
     bar: Progress,
-    out: Path,
-) -> list[MatrixReport]:
-    quantizer: Quantizer = Whitened(source, calibration, sparsity) if calibration else Plain(source)
+) -> dict[str, float]:
     matrices = layout.matrices(source.config)
     measured = bar.track(
         _each(partial(measure, quantizer), matrices), total=len(matrices), description="measuring"
     )
-    constants = find_constants(quantizer, matrices, list(measured), bits, embed_bits, log2_states)
-    return _write(source, out, quantizer, partial(_encode, quantizer, constants, log2_states), bar)
+    return find_constants(quantizer, matrices, list(measured), bits, embed_bits, log2_states)
 
 
 def _write(
@@ -178,26 +162,16 @@ def _write(
             reports.append(report)
             yield report.name, coded
 
-    vectors = {name: quantizer.vector(name) for name in layout.vectors(source.config)}
-    _write_file(source, out, reported(), vectors)
-    return reports
-
-
-def _write_file(
-    source: Source,
-    out: Path,
-    matrices: Iterable[tuple[str, AnyMatrix]],
-    vectors: Mapping[str, npt.NDArray[np.float32]],
-) -> None:
     write_weights(
         out,
         config=source.config,
-        matrices=matrices,
-        vectors=vectors,
+        matrices=reported(),
+        vectors={name: quantizer.vector(name) for name in layout.vectors(source.config)},
         tokenizer_json=source.tokenizer_json,
         chat_template=source.chat_template,
         source=source.name,
     )
+    return reports
 
 
 def _each(function: Callable[[layout.Matrix], R], matrices: list[layout.Matrix]) -> Iterator[R]:
@@ -303,13 +277,6 @@ def main(arguments: list[str] | None = None) -> int:
         help="how much of it; 0 quantizes without (default %(default)s)",
     )
     parser.add_argument(
-        "--tuning-steps",
-        type=int,
-        default=FULL.tuning_steps,
-        metavar="N",
-        help="for how many steps norms are tuned on it afterwards (default %(default)s)",
-    )
-    parser.add_argument(
         "--keep-calibration",
         action="store_true",
         help="do not delete what was learnt: the next conversion of this model begins with it",
@@ -323,9 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.bits,
             options.embed_bits,
             options.log2_states,
-            CalibrationText(
-                options.calibration_tokens, options.calibration, tuning_steps=options.tuning_steps
-            ),
+            CalibrationText(options.calibration_tokens, options.calibration, in_turn=FULL.in_turn),
             options.sparsity,
             progress=not options.quiet,
             keep_calibration=options.keep_calibration,

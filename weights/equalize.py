@@ -31,13 +31,13 @@ class Whitening:
     """What the quantizer must know of one matrix, equalised."""
 
     unit_steps: Floats  # (rows,): the rows' steps for c = 1
-    _columns: Floats  # (cols,): their scales
+    columns: Floats  # (cols,): their scales
     _hessian: Callable[[], npt.NDArray[np.floating]]  # as it was before
 
     @property
     def inverse_factor(self) -> Floats:
         """U (cols, cols), read from disk and computed each time: that of a whole model is large."""
-        return inverse_factor(self._hessian()) / self._columns
+        return inverse_factor(self._hessian()) / self.columns
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ class Equalized:
         if matrix.name in self._found:
             w /= self._found[matrix.name].columns.astype(np.float32)
         w *= self._row_factors(matrix).astype(np.float32)[:, None]
+
+    def undone(self, matrix: layout.Matrix, w: npt.NDArray[np.float32]) -> None:
+        """The inverse of `matrix`."""
+        if matrix.name in self._found:
+            w *= self._found[matrix.name].columns.astype(np.float32)
+        w /= self._row_factors(matrix).astype(np.float32)[:, None]
 
     def vector(self, name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """A norm's weight, or the bias of q, k and v, which grows with its rows."""

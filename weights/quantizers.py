@@ -1,27 +1,40 @@
-"""What is done to a source's matrix before it is coded: two ways to integers, one interface.
+"""What is done to a source's matrix before it is coded: three ways to integers, one interface.
 
 `Plain` needs nothing but the weights, `Whitened` the statistics of a calibration. Both read the
-source matrix by matrix and keep nothing of its size.
+source matrix by matrix and keep nothing of its size. `InTurn` has blocks that were quantized one
+after another, in files.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from codec.matrix import CodedMatrix, encode_matrix
 from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
 from codec.scale import ScaleLog2, to_scale
-from codec.whiten import quantize_whitened
+from codec.whiten import Floats, inverse_factor, quantize_whitened
 from engine.errors import WeightsError
 from weights import layout
-from weights.calibration.calibration import Calibration
+from weights.calibration.calibration import Calibration, completing
 from weights.equalize import Equalized
+from weights.parallel import in_processes
 from weights.sources import Source
 
 Array = npt.NDArray[np.float32]
+
+# Weights of a matrix that is worth several cores, and rows of a part, whatever the number of cores:
+# the integers are the same then. Shorter operations take longer a weight.
+_LARGE, _PART = 1 << 22, 256
 
 
 class Quantizer(Protocol):
@@ -98,6 +111,26 @@ class Whitened:
         q = quantize_whitened(w, whitening.inverse_factor, to_scale(scale), sparsity)
         return q, scale
 
+    def moved(
+        self, matrix: layout.Matrix, c: float, products: Array, hessian: Array
+    ) -> tuple[npt.NDArray[np.int32], ScaleLog2, Array]:
+        """`integers` of a block's matrix for inputs of this Hessian (cols, cols) instead of the
+        calibration's, moved before by products (rows, cols) times its damped inverse; and what they
+        then make of the source's matrix.
+        """
+        whitening = self._equalized.whitening(matrix)
+        assert whitening is not None
+        u = inverse_factor(hessian)
+        factor = u.astype(np.float32)
+        w = read_fused(self._source, matrix)
+        w += (products @ factor.T) @ factor
+        self._equalized.matrix(matrix, w)
+        scale = row_steps(whitening.unit_steps, c)
+        q = _quantize_by_rows(w, u / whitening.columns, to_scale(scale), self._sparsity)
+        np.multiply(q, to_scale(scale)[:, None], out=w)
+        self._equalized.undone(matrix, w)
+        return q, scale, w
+
     def vector(self, name: str) -> Array:
         return self._equalized.vector(name, self._source.vector(name))
 
@@ -105,6 +138,58 @@ class Whitened:
         w = read_fused(self._source, matrix)
         self._equalized.matrix(matrix, w)
         return w
+
+
+class InTurn:
+    """Integers of a `folder`, where `quantize` has put them; of other matrices as by `whitened`."""
+
+    def __init__(self, whitened: Whitened, constants: Mapping[str, float], folder: Path) -> None:
+        self._whitened = whitened
+        self._constants = constants
+        self._folder = folder
+        self.weighs = whitened.weighs
+        self.histogram = whitened.histogram
+        self.vector = whitened.vector
+
+    def quantize(self, matrix: layout.Matrix, products: Array, hessian: Array) -> Array:
+        """See weights/calibration/in_turn.py. OSError: the folder cannot be written."""
+        # Nothing else is done meanwhile.
+        with threadpool_limits(os.cpu_count() or 1, "blas"):
+            q, scale, w = self._whitened.moved(
+                matrix, self._constants[matrix.name], products, hessian
+            )
+        with completing(self._path(matrix)) as file:
+            np.savez(file, q=q, scale=scale)
+        return w
+
+    def integers(
+        self, matrix: layout.Matrix, c: float, every: int = 1
+    ) -> tuple[npt.NDArray[np.int32], ScaleLog2]:
+        if not matrix.in_block:
+            return self._whitened.integers(matrix, c, every)
+        path = self._path(matrix)
+        try:
+            with np.load(path) as file:
+                return file["q"][::every], file["scale"][::every]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise WeightsError(f"{path}: cannot be read ({error}); delete its folder") from None
+
+    def remove(self) -> None:
+        """Delete the folder, as far as that can be done."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, matrix: layout.Matrix) -> Path:
+        return self._folder / f"{matrix.name}.npz"
+
+
+def _quantize_by_rows(w: Array, u: Floats, steps: Array, sparsity: float) -> npt.NDArray[np.int32]:
+    """`quantize_whitened` of one matrix by all cores, where it is large."""
+    n_parts = max(1, len(w) // _PART) if w.size >= _LARGE else 1
+
+    def size(rows: slice) -> int:
+        return 16 * w[rows].size
+
+    return quantize_whitened(w, u, steps, sparsity, n_parts, partial(in_processes, size=size))
 
 
 def measure(quantizer: Quantizer, matrix: layout.Matrix) -> Histogram:

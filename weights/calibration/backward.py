@@ -1,7 +1,7 @@
 """Gradients of a Llama's operations with respect to their inputs: the twins of model/reference.py.
 
 One function per operation, dL/d(output) to dL/d(input), in the floating type that it is handed.
-Of weights, those of norms alone have gradients.
+Gradients of weights are not needed anywhere.
 """
 
 from __future__ import annotations
@@ -22,14 +22,6 @@ def rms_norm_backward(x: Floats, weight: Floats, eps: float, dy: Floats) -> Floa
     g = dy * weight
     dx: Floats = r * (g - x * (r * r * np.mean(g * x, axis=-1, keepdims=True)))
     return dx
-
-
-def rms_norm_weight_backward(xn: Floats, dy: Floats) -> Floats:
-    """(tokens, dim), the norm's output and dL/d of it -> (dim,): dL/dd where the weight is
-    weight * (1 + d), at d = 0.
-    """
-    of_weight: Floats = np.einsum("td,td->d", xn, dy)
-    return of_weight
 
 
 def rope_backward(dy: Floats, theta: float, divisors: Sequence[float] = ()) -> Floats:

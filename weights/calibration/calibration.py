@@ -38,10 +38,8 @@ from weights.calibration.statistics import (
 )
 from weights.sources import Source
 
-# To be raised whenever the same source and tokens give another calibration.
+# To be raised whenever the same source and tokens give other statistics.
 RECIPE_VERSION = 4
-
-_RESIDUAL = "residual.npy"
 
 # numpy reads headers with Python's parser, which in Python 3.11 is not safe in threads: once in a
 # while there is a SystemError about an "AST constructor recursion depth mismatch".
@@ -56,11 +54,6 @@ class Calibration:
 
     folder: Path
     tokens: Tokens  # (n_windows, length)
-
-    @property
-    def residual(self) -> Floats:
-        """What the source's last block gives, (length, n_windows, dim); mapped."""
-        return _load_array(self.folder / _RESIDUAL)
 
     def matrix(self, name: str) -> MatrixStatistics:
         """Of a matrix of weights/layout.py; an untied embedding multiplies nothing and has none.
@@ -101,7 +94,7 @@ def calibrate(
 
     They lie in a folder of `work_dir` whose name tells source, tokens and seed; if it is there
     already, only what it lacks is computed. `seed` draws the labels of the loss.
-    Disk: one (tokens, dim) array per block on the way, one and half of each Hessian in the end.
+    Disk: one (tokens, dim) array per block on the way, half of each Hessian in the end.
     EngineError: the folder cannot be written, a file in it or the model is damaged.
     """
     n_windows, length = tokens.shape
@@ -157,15 +150,15 @@ def own_text(
 def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[int]:
     """Does what is not done yet; after each step, how many are.
 
-    State on disk: `input-i` is block i's input, and for i = n_layers, the head's, it is `residual`,
-    which stays; `gradient-i` is dL/d(input-i). A block's result is written after the gradient that
-    the next block needs, and what led to it is deleted after the result.
+    State on disk: `input-i` is block i's input, and that of the head for i = n_layers; `gradient-i`
+    is dL/d(input-i). A block's result is written after the gradient that the next block needs, and
+    what led to it is deleted after the result.
     """
     c = source.config
     head_name = layout.EMBEDDING if c.tie_embeddings else layout.HEAD
     names = [m.name for m in layout.matrices(c) if m.in_block or m.name == head_name]
     results = {folder / _result_name(name) for name in names}
-    inputs = [*(folder / f"input-{i}.npy" for i in range(c.n_layers)), folder / _RESIDUAL]
+    inputs = [folder / f"input-{i}.npy" for i in range(c.n_layers + 1)]
     gradients = [folder / f"gradient-{i}.npy" for i in range(c.n_layers + 1)]
     n_results = sum(path.exists() for path in results)
 
@@ -212,10 +205,9 @@ def _run(source: Source, tokens: Tokens, folder: Path, seed: int) -> Iterator[in
         }
         _save_result(path, named)
         del layer, x, dy, dx, by_matrix, named
-        if i + 1 < c.n_layers:
-            inputs[i + 1].unlink(missing_ok=True)
+        inputs[i + 1].unlink(missing_ok=True)
         gradients[i + 1].unlink(missing_ok=True)
-    for path in (*inputs[:-1], *gradients):
+    for path in (*inputs, *gradients):
         path.unlink(missing_ok=True)
     yield 2 * c.n_layers + 1
 
@@ -245,7 +237,7 @@ def _save_result(path: Path, by_matrix: Mapping[str, MatrixStatistics]) -> None:
     for name, found in by_matrix.items():
         arrays[f"{name}.hessian"] = found.hessian[_upper(len(found.hessian))]
         arrays[f"{name}.gradient"] = found.gradient
-    with _replacing(path) as file:
+    with completing(path) as file:
         np.savez(file, **arrays)
 
 
@@ -264,7 +256,7 @@ def _upper(n: int) -> npt.NDArray[np.bool_]:
 
 
 def _save_array(path: Path, values: npt.NDArray[Any]) -> None:
-    with _replacing(path) as file:
+    with completing(path) as file:
         np.save(file, values)
 
 
@@ -280,7 +272,7 @@ def _load_array(path: Path) -> Floats:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def completing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its name when it is complete."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

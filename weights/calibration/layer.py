@@ -20,7 +20,6 @@ from model.reference import Floats, attention, cache_write, matvec, rms_norm, ro
 from weights.calibration.backward import (
     attention_backward,
     rms_norm_backward,
-    rms_norm_weight_backward,
     rope_backward,
     swiglu_backward,
 )
@@ -97,17 +96,13 @@ class Activations:
 
 @dataclass(frozen=True)
 class Gradients:
-    """dL/dy of every matrix's own output, (tokens, rows) each, dL/dx of the block's input, and of
-    relative changes of its norms' weights, w (1 + d), dL/dd (dim,).
-    """
+    """dL/dy of every matrix's own output, (tokens, rows) each, and dL/dx of the block's input."""
 
     qkv_proj: Floats  # before bias, norms and RoPE
     o_proj: Floats
     gate_up_proj: Floats
     down_proj: Floats
     x: Floats  # (tokens, dim)
-    input_norm: Floats
-    post_norm: Floats
 
 
 def activate(
@@ -123,9 +118,81 @@ def activate(
 
     The caches are (positions, batch * n_kv_heads, head_dim); keys and values are added at `pos`.
     """
-    batch = k_cache.shape[1] // c.n_kv_heads
-    n = len(x) // batch
     xn = rms_norm(x, layer.input_norm, c.norm_eps)
+    heads, attn = _attend(c, layer, xn, k_cache, v_cache, pos, product)
+    x_mid = x + product(layer.o_proj, attn)
+
+    xn_mid = rms_norm(x_mid, layer.post_norm, c.norm_eps)
+    gate_up = product(layer.gate_up_proj, xn_mid)
+    return Activations(x, xn, *heads, attn, x_mid, xn_mid, gate_up, swiglu(gate_up))
+
+
+def attend(c: ModelConfig, layer: Layer, xn: Floats, batch: int) -> Floats:
+    """What qkv_proj reads of whole windows, (tokens, dim), to what o_proj reads (tokens, q_dim)."""
+    return _attend(c, layer, xn, *_fresh_cache(c, xn, batch))[1]
+
+
+def output(layer: Layer, a: Activations, product: Product = matvec) -> Floats:
+    """The block's output, (tokens, dim)."""
+    return a.x_mid + product(layer.down_proj, a.hidden)
+
+
+def forward(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Floats:
+    """A block on whole windows: x (tokens, dim) from position 0 -> (tokens, dim)."""
+    return output(layer, activate(c, layer, x, *_fresh_cache(c, x, batch)))
+
+
+def backward(c: ModelConfig, layer: Layer, a: Activations, dy: Floats) -> Gradients:
+    """dL/d(output) of whole windows, (tokens, dim), to all the gradients inside the block."""
+    n = len(a.q)
+    batch = a.q.shape[1] // c.n_heads
+    # y = W x  =>  dL/dx = W^T dL/dy; a residual's gradient is the sum over its two ways.
+    d_gate_up = swiglu_backward(a.gate_up, dy @ layer.down_proj)
+    dx_mid = dy + rms_norm_backward(
+        a.x_mid, layer.post_norm, c.norm_eps, d_gate_up @ layer.gate_up_proj
+    )
+
+    d_attn = (dx_mid @ layer.o_proj).reshape(a.q.shape)
+    dq, dk, dv = np.empty_like(a.q), np.empty_like(a.k), np.empty_like(a.v)
+    for heads, kv_heads in _head_groups(c, batch, n, n):
+        dq[:, heads], dk[:, kv_heads], dv[:, kv_heads] = attention_backward(
+            a.q[:, heads],
+            a.k[:, kv_heads],
+            a.v[:, kv_heads],
+            d_attn[:, heads],
+            c.score_scale,
+            layer.window,
+        )
+    if layer.is_rotated:
+        dq, dk = (rope_backward(each, c.rope_theta, c.rope_divisors) for each in (dq, dk))
+    dq, dk = (
+        each if norm is None else rms_norm_backward(raw, norm, c.norm_eps, each)
+        for each, norm, raw in ((dq, layer.q_norm, a.q_raw), (dk, layer.k_norm, a.k_raw))
+    )
+    d_qkv = np.concatenate(
+        [d.reshape(n, batch, -1, c.head_dim) for d in (dq, dk, dv)], axis=2
+    ).reshape(len(dy), -1)
+    dx = dx_mid + rms_norm_backward(a.x, layer.input_norm, c.norm_eps, d_qkv @ layer.qkv_proj)
+    return Gradients(qkv_proj=d_qkv, o_proj=dx_mid, gate_up_proj=d_gate_up, down_proj=dy, x=dx)
+
+
+def recompute(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Activations:
+    """`activate` on whole windows, for `backward`."""
+    return activate(c, layer, x, *_fresh_cache(c, x, batch))
+
+
+def _attend(
+    c: ModelConfig,
+    layer: Layer,
+    xn: Floats,
+    k_cache: Floats,
+    v_cache: Floats,
+    pos: int = 0,
+    product: Product = matvec,
+) -> tuple[tuple[Floats, Floats, Floats, Floats, Floats], Floats]:
+    """`activate` from qkv_proj to attention: q_raw, k_raw, q, k, v; attn."""
+    batch = k_cache.shape[1] // c.n_kv_heads
+    n = len(xn) // batch
     qkv = product(layer.qkv_proj, xn)
     if layer.qkv_bias is not None:
         qkv = qkv + layer.qkv_bias
@@ -149,69 +216,7 @@ def activate(
             layer.window,
         )
         attn[:, heads] = mixed.reshape(n, -1, c.head_dim)
-    attn = attn.reshape(len(x), c.q_dim)
-    x_mid = x + product(layer.o_proj, attn)
-
-    xn_mid = rms_norm(x_mid, layer.post_norm, c.norm_eps)
-    gate_up = product(layer.gate_up_proj, xn_mid)
-    return Activations(x, xn, q_raw, k_raw, q, k, v, attn, x_mid, xn_mid, gate_up, swiglu(gate_up))
-
-
-def output(layer: Layer, a: Activations, product: Product = matvec) -> Floats:
-    """The block's output, (tokens, dim)."""
-    return a.x_mid + product(layer.down_proj, a.hidden)
-
-
-def forward(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Floats:
-    """A block on whole windows: x (tokens, dim) from position 0 -> (tokens, dim)."""
-    return output(layer, activate(c, layer, x, *_fresh_cache(c, x, batch)))
-
-
-def backward(c: ModelConfig, layer: Layer, a: Activations, dy: Floats) -> Gradients:
-    """dL/d(output) of whole windows, (tokens, dim), to all the gradients inside the block."""
-    n = len(a.q)
-    batch = a.q.shape[1] // c.n_heads
-    # y = W x  =>  dL/dx = W^T dL/dy; a residual's gradient is the sum over its two ways.
-    d_gate_up = swiglu_backward(a.gate_up, dy @ layer.down_proj)
-    dxn_mid = d_gate_up @ layer.gate_up_proj
-    dx_mid = dy + rms_norm_backward(a.x_mid, layer.post_norm, c.norm_eps, dxn_mid)
-
-    d_attn = (dx_mid @ layer.o_proj).reshape(a.q.shape)
-    dq, dk, dv = np.empty_like(a.q), np.empty_like(a.k), np.empty_like(a.v)
-    for heads, kv_heads in _head_groups(c, batch, n, n):
-        dq[:, heads], dk[:, kv_heads], dv[:, kv_heads] = attention_backward(
-            a.q[:, heads],
-            a.k[:, kv_heads],
-            a.v[:, kv_heads],
-            d_attn[:, heads],
-            c.score_scale,
-            layer.window,
-        )
-    if layer.is_rotated:
-        dq, dk = (rope_backward(each, c.rope_theta, c.rope_divisors) for each in (dq, dk))
-    dq, dk = (
-        each if norm is None else rms_norm_backward(raw, norm, c.norm_eps, each)
-        for each, norm, raw in ((dq, layer.q_norm, a.q_raw), (dk, layer.k_norm, a.k_raw))
-    )
-    d_qkv = np.concatenate(
-        [d.reshape(n, batch, -1, c.head_dim) for d in (dq, dk, dv)], axis=2
-    ).reshape(len(dy), -1)
-    dxn = d_qkv @ layer.qkv_proj
-    dx = dx_mid + rms_norm_backward(a.x, layer.input_norm, c.norm_eps, dxn)
-    return Gradients(
-        qkv_proj=d_qkv,
-        o_proj=dx_mid,
-        gate_up_proj=d_gate_up,
-        down_proj=dy,
-        x=dx,
-        input_norm=rms_norm_weight_backward(a.xn, dxn),
-        post_norm=rms_norm_weight_backward(a.xn_mid, dxn_mid),
-    )
-
-
-def recompute(c: ModelConfig, layer: Layer, x: Floats, batch: int) -> Activations:
-    """`activate` on whole windows, for `backward`."""
-    return activate(c, layer, x, *_fresh_cache(c, x, batch))
+    return (q_raw, k_raw, q, k, v), attn.reshape(len(xn), c.q_dim)
 
 
 def _fresh_cache(c: ModelConfig, x: Floats, batch: int) -> tuple[Floats, Floats]:

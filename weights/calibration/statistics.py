@@ -74,7 +74,7 @@ def head_statistics(
 
     step = max(1, _LOGITS // len(head))
     parts = [slice(begin, begin + step) for begin in range(0, len(flat_x), step)]
-    return reduce(_Sums.merge, in_order(work, parts, _threads(c.dim))).statistics(), dx
+    return reduce(_Sums.merge, in_order(work, parts, threads_for(c.dim))).statistics(), dx
 
 
 def layer_statistics(
@@ -105,7 +105,7 @@ def layer_statistics(
     def merge(one: dict[str, _Sums], other: dict[str, _Sums]) -> dict[str, _Sums]:
         return {name: one[name].merge(other[name]) for name in one}
 
-    threads = _threads(c.dim, c.q_dim, c.dim, c.hidden_dim)
+    threads = threads_for(c.dim, c.q_dim, c.dim, c.hidden_dim)
     sums = reduce(merge, in_order(work, _chunks(x), threads))
     return {name: of_matrix.statistics() for name, of_matrix in sums.items()}, dx
 
@@ -142,8 +142,10 @@ class _Sums:
         )
 
 
-def _threads(*cols: int) -> int:
-    """At most; with as many waiting, Hessians of these sizes take an eighth of the memory."""
+def threads_for(*cols: int) -> int:
+    """How many threads, at most: with as many results waiting, Hessians of these sizes take an
+    eighth of the memory.
+    """
     return max(_THREADS, memory_bytes() // 16 // sum(4 * n * n for n in cols))
 
 
