@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,15 +166,19 @@ class Device:
                 f"allows {self.max_binding_bytes / 2**20:.0f} MiB; use a smaller --context or "
                 "another adapter"
             )
+        create = self.wgpu.create_buffer
+        return self._made(label, size, lambda: create(label=label, size=size, usage=usage))
+
+    def _made(self, label: str, size_bytes: int, create: Callable[[], Any]) -> Any:
         try:
-            buffer = self.wgpu.create_buffer(label=label, size=size, usage=usage)
+            made = create()
         except wgpu.GPUError as error:
             raise OutOfMemoryError(
-                f"{self.name}: no room for {label} ({size / 2**20:.0f} MiB beside the "
+                f"{self.name}: no room for {label} ({size_bytes / 2**20:.0f} MiB beside the "
                 f"{self.allocated_bytes / 2**20:.0f} MiB already in use): {error}"
             ) from error
-        self.allocated_bytes += size
-        return buffer
+        self.allocated_bytes += size_bytes
+        return made
 
     def destroy(self, buffer: Any) -> None:
         """Free a buffer's or a texture's memory once the GPU is done with it."""
@@ -191,16 +195,21 @@ class Device:
             self.write(buffer, data)
         return buffer
 
+    @uninterrupted()
     def upload_chunks(self, label: str, words: np.ndarray, padding_bytes: int) -> Any:
         """What shaders/shared/words.wgsl reads: words, then zeros. A buffer, or a texture."""
         if not self.software:
             return self.upload(label, words, padding_bytes=padding_bytes)
         row_bytes = _IMAGE_WIDTH * _CHUNK_BYTES
         height = -(-(words.nbytes + padding_bytes) // row_bytes)
-        usage = wgpu.TextureUsage.STORAGE_BINDING | wgpu.TextureUsage.COPY_DST
         size = _IMAGE_WIDTH, height, 1
-        texture = self.wgpu.create_texture(label=label, size=size, format=IMAGE_FORMAT, usage=usage)
-        self.allocated_bytes += size_bytes(texture)
+        create = self.wgpu.create_texture
+        usage = wgpu.TextureUsage.STORAGE_BINDING | wgpu.TextureUsage.COPY_DST
+        texture = self._made(
+            label,
+            height * row_bytes,
+            lambda: create(label=label, size=size, format=IMAGE_FORMAT, usage=usage),
+        )
         data = np.zeros(height * row_bytes // 4, np.uint32)
         data[: words.size] = words
         layout = dict(bytes_per_row=row_bytes, rows_per_image=height)
