@@ -127,6 +127,31 @@ def test_a_row_of_many_is_what_it_is_alone(
         assert (together[:, t] == alone).all()
 
 
+def test_activations_beyond_uniform_memory_give_the_same(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what each token's give, which a software adapter reads as uniform memory."""
+    monkeypatch.setattr(kernels.device, "software", True)
+    m, tokens, digits = coded(rng, 40, 1430, 0.6, 11), MATVEC_ROWS, 3
+    gpu = GpuMatrix(kernels, "w", m)
+    a, _ = digit_activations(rng, kernels.device, tokens, digits, m.cols)
+    assert a.uniform(tokens * digits * gpu.n_blocks) is None
+    y = gpu.output("y", tokens)
+
+    def products(a: Activations, tokens: int) -> np.ndarray:
+        run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=digits)))
+        return kernels.device.read(y.buffer, np.float32, (tokens, m.rows))
+
+    together = products(a, tokens)
+    shape = tokens, digits, 32 * gpu.n_blocks
+    of_each = kernels.device.read(a.digits, np.int8, shape)
+    scale = kernels.device.read(a.scale, np.float32, (tokens, gpu.n_blocks, 2))
+    for t in (0, tokens - 1):
+        one = Activations.upload(kernels.device, "of one", of_each[t], scale[t])
+        assert one.uniform(digits * gpu.n_blocks)
+        assert (products(one, 1)[0] == together[t]).all()
+
+
 @pytest.mark.parametrize("whole_rows", [True, False])
 @pytest.mark.parametrize("matrix", [m for m in MATRICES if m[2] < 3])
 def test_whole_numbers_come_out_exactly(
