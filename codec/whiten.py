@@ -12,6 +12,8 @@ has an even diagonal, and elsewhere the sweep does what it can.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -28,6 +30,8 @@ _LEAST_GRADIENT = 0.03  # of the matrix's root mean square: no text shows all th
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int32]
+Spread = Callable[[Callable[[slice], Integers], Sequence[slice]], Iterable[Integers]]  # a map()
 
 
 def inverse_factor(hessian: npt.NDArray[np.floating]) -> Floats:
@@ -58,19 +62,35 @@ def unit_steps(diagonal: Floats, gradient: npt.NDArray[np.floating]) -> Floats:
 
 
 def quantize_whitened(
-    w: Array, u: Floats, steps: Array, sparsity: float = 0.0
-) -> npt.NDArray[np.int32]:
+    w: Array,
+    u: Floats,
+    steps: Array,
+    sparsity: float = 0.0,
+    n_parts: int = 1,
+    spread: Spread = map,
+) -> Integers:
     """w (rows, cols), U, steps (rows,) -> integers (rows, cols); a step of 0 gives zeros.
 
     Each weight takes, of the nearest integer, the next towards zero and zero, the one of least
     error^2 + PRICE * bits; what bits an integer costs is taken from plain rounding. Before that a
     share `sparsity` of the weights, those whose loss adds least, becomes zero: chosen among _BLOCK
-    columns when the sweep comes to them (SparseGPT, Frantar & Alistarh 2023).
+    columns when the sweep comes to them (SparseGPT, Frantar & Alistarh 2023). Rows do not depend on
+    each other: `spread` works on `n_parts` of them, the same whoever does.
     """
     divisors = np.where(steps > 0, steps, np.inf).astype(np.float32)
     z: Array = np.divide(w.T, divisors, order="C")
-    q = _sweep(z, u, _bits(z), sparsity)
-    return np.ascontiguousarray(q.T)
+    diagonal = np.diag(u)
+    passed_on = (u / diagonal[:, None]).astype(np.float32)
+    # An error's weight in the loss, whose mean (of logarithms) is 1.
+    weight = ((np.exp(np.mean(np.log(diagonal))) / diagonal) ** 2).astype(np.float32)
+    prices = PRICE * _bits(z)[:, None] / weight  # (integers, cols)
+
+    def work(rows: slice) -> Integers:
+        return _sweep(z[:, rows], passed_on, weight, prices, sparsity)
+
+    ends = [len(w) * i // n_parts for i in range(n_parts + 1)]
+    q = list(spread(work, list(map(slice, ends, ends[1:]))))
+    return np.ascontiguousarray(np.concatenate(q, axis=1).T)
 
 
 def _factor(hessian: npt.NDArray[np.floating]) -> Floats:
@@ -107,21 +127,16 @@ def _bits(z: Array) -> Array:
     return bits
 
 
-def _sweep(z: Array, u: Floats, bits: Array, sparsity: float) -> npt.NDArray[np.int32]:
+def _sweep(z: Array, passed_on: Array, weight: Array, prices: Array, sparsity: float) -> Integers:
     """z (cols, rows), used up -> integers (cols, rows)."""
     cols, rows = z.shape
     q = np.empty((cols, rows), np.int32)
-    diagonal = np.diag(u)
-    passed_on = (u / diagonal[:, None]).astype(np.float32)
-    # An error's weight in the loss, whose mean (of logarithms) is 1.
-    weight = (np.exp(np.mean(np.log(diagonal))) / diagonal) ** 2
-    prices = PRICE * bits[:, None] / weight.astype(np.float32)  # (integers, cols)
     for begin in range(0, cols, _BLOCK):
         end = min(begin + _BLOCK, cols)
         errors = np.empty((end - begin, rows), np.float32)
         pruned = None
         if sparsity > 0:
-            loss = z[begin:end] ** 2 * weight[begin:end, None].astype(np.float32)
+            loss = z[begin:end] ** 2 * weight[begin:end, None]
             pruned = loss <= np.quantile(loss, sparsity)
         for j in range(begin, end):
             chosen = _round(z[j], prices[:, j])

@@ -6,12 +6,15 @@ the logits of one window are held at a time, the reference's once for all models
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from weights.parallel import in_order
 
 Array = npt.NDArray[np.float64]
 Logits = Callable[[Sequence[int]], npt.NDArray[Any]]  # token ids (n,) -> (n, vocab_size)
@@ -103,7 +106,8 @@ class Tally:
         kl, agree, nll = np.empty(n), np.empty(n, np.bool_), np.empty((2, n))
         # The window's last token has no successor; its column is dropped below.
         following = np.append(token_ids[1:], 0)
-        for begin in range(0, n, _ROWS):
+
+        def work(begin: int) -> None:
             part = slice(begin, begin + _ROWS)
             p, q = log_softmax(reference[part]), log_softmax(model[part])
             rows = np.arange(len(p))
@@ -111,6 +115,8 @@ class Tally:
             agree[part] = p.argmax(axis=-1) == q.argmax(axis=-1)
             np.subtract(p, q, out=q)
             kl[part] = np.einsum("nv,nv->n", np.exp(p, out=p), q)
+
+        deque(in_order(work, range(0, n, _ROWS)), maxlen=0)
         self._kl.append(kl)
         self._agree.append(agree)
         self._nll.append(nll[:, :-1])

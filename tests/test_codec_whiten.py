@@ -218,3 +218,21 @@ def test_rows_without_step_are_zero():
 def test_all_zeros_stay_zeros():
     u = inverse_factor(hessian(70))
     assert not quantize_whitened(np.zeros((3, 70), np.float32), u, np.ones(3, np.float32)).any()
+
+
+def test_parts_of_rows_are_quantized_as_the_whole():
+    u, w = inverse_factor(hessian(130)), weights(97, 130)
+    steps = np.random.default_rng(3).uniform(0.3, 2, 97).astype(np.float32)
+    seen = []
+
+    def backwards(work, parts):
+        seen.extend(parts)
+        return [work(part) for part in reversed(parts)][::-1]
+
+    whole = quantize_whitened(w, u, steps)
+    found = quantize_whitened(w, u, steps, 0.0, 5, backwards)
+    assert len(seen) == 5
+    # Products of other shapes may be rounded otherwise, and few weights are at a boundary.
+    assert np.mean(found != whole) < 1e-3
+    pruned = quantize_whitened(w, u, steps, 0.5, 5, backwards)
+    assert 0.5 <= np.mean(pruned == 0) < 0.8

@@ -142,6 +142,15 @@ def test_pruned_model_has_zeros_in_its_blocks(tmp_path: Path) -> None:
         assert 0.4 <= zero < 0.55 if matrix.in_block else zero < 0.25
 
 
+def test_pruned_model_has_the_asked_rate(tmp_path: Path) -> None:
+    source = source_of(tmp_path, WIDE, lively(WIDE))
+    convert(source, tmp_path / "out", 3, text=SAMPLED, sparsity=0.7)
+    file = WeightsFile.open(tmp_path / "out")
+    assert file.bits_per_weight(block_only=False) == pytest.approx(3, abs=0.03)
+    with pytest.raises(WeightsError, match=r"the model: 3 bits .* the nearest is [12]\.\d\d; ask"):
+        convert(source, tmp_path / "out", 3, text=SAMPLED, sparsity=0.97)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -120,6 +120,7 @@ def _workers(at_most: int | None = None) -> int:
 def _begin(function: Callable[[Any], Any]) -> None:
     global _forked
     _forked = function
+    threadpool_limits(1, "blas")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,14 +22,19 @@ from threadpoolctl import threadpool_limits
 from codec.matrix import CodedMatrix, encode_matrix
 from codec.quantize import Histogram, histogram, quantize, root_mean_squares, row_steps
 from codec.scale import ScaleLog2, to_scale
-from codec.whiten import inverse_factor, quantize_whitened
+from codec.whiten import Floats, inverse_factor, quantize_whitened
 from engine.errors import WeightsError
 from weights import layout
 from weights.calibration.calibration import Calibration, completing
 from weights.equalize import Equalized
+from weights.parallel import in_processes
 from weights.sources import Source
 
 Array = npt.NDArray[np.float32]
+
+# Weights of a matrix that is worth several cores, and rows of a part, whatever the number of cores:
+# the integers are the same then. Shorter operations take longer a weight.
+_LARGE, _PART = 1 << 22, 256
 
 
 class Quantizer(Protocol):
@@ -120,7 +126,7 @@ class Whitened:
         w += (products @ factor.T) @ factor
         self._equalized.matrix(matrix, w)
         scale = row_steps(whitening.unit_steps, c)
-        q = quantize_whitened(w, u / whitening.columns, to_scale(scale), self._sparsity)
+        q = _quantize_by_rows(w, u / whitening.columns, to_scale(scale), self._sparsity)
         np.multiply(q, to_scale(scale)[:, None], out=w)
         self._equalized.undone(matrix, w)
         return q, scale, w
@@ -174,6 +180,16 @@ class InTurn:
 
     def _path(self, matrix: layout.Matrix) -> Path:
         return self._folder / f"{matrix.name}.npz"
+
+
+def _quantize_by_rows(w: Array, u: Floats, steps: Array, sparsity: float) -> npt.NDArray[np.int32]:
+    """`quantize_whitened` of one matrix by all cores, where it is large."""
+    n_parts = max(1, len(w) // _PART) if w.size >= _LARGE else 1
+
+    def size(rows: slice) -> int:
+        return 16 * w[rows].size
+
+    return quantize_whitened(w, u, steps, sparsity, n_parts, partial(in_processes, size=size))
 
 
 def measure(quantizer: Quantizer, matrix: layout.Matrix) -> Histogram:

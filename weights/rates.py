@@ -19,7 +19,10 @@ from weights.quantizers import Quantizer, code
 # uncalibrated, 6 here cost a twentieth of the divergence that the blocks cost.
 LEAST_EMBED_BITS = 6.0
 
-_TRIALS = 2  # of a constant, before all is quantized with it
+_TRIALS = 6  # of a constant at most, before all is quantized with it
+_NEAR = 0.02  # bits a weight by which a trial may be wrong before the last correction
+_FAR = 0.1  # by which the last one may be
+_FINEST = 9.0  # bits that rounding may take: no more can be told of finer steps
 _PROBES = 4  # matrices of a kind that are quantized then,
 _PROBE_ROWS = 2048  # and about how many rows of one
 
@@ -51,17 +54,44 @@ def find_constants(
         in_group = [histograms[i] for i in members]
         wanted = bits if group == "the model" else embed_bits or max(bits, LEAST_EMBED_BITS)
         try:
-            c = bisect_constant(in_group, wanted, log2_states)
-            saved = 0.0
-            for _ in range(_TRIALS):
-                more = -saved
-                saved = _saved(quantizer, [matrices[i] for i in members], in_group, c, log2_states)
-                more += saved  # as c falls by half, a weight takes a bit more
-                c = bisect_constant(in_group, wanted, log2_states, saved, near=c / 2**more)
+            c = _constant(quantizer, [matrices[i] for i in members], in_group, wanted, log2_states)
         except ValueError as error:
             raise WeightsError(f"{group}: {error}; ask for other bits") from None
         constants |= {matrices[i].name: c for i in members}
     return constants
+
+
+def _constant(
+    quantizer: Quantizer,
+    matrices: list[layout.Matrix],
+    histograms: list[Histogram],
+    wanted: float,
+    log2_states: int,
+) -> float:
+    """Of matrices that together take `wanted` bits a weight; ValueError if they cannot."""
+    c = bisect_constant(histograms, wanted, log2_states)
+    expected = 0.0  # that the quantizer saves
+    known: list[tuple[float, float]] = []  # log2 c, what it saves there
+    for _ in range(_TRIALS):
+        saved = _saved(quantizer, matrices, histograms, c, log2_states)
+        known.append((float(np.log2(c)), saved))
+        missed = saved - expected
+        near = len(known) > 1 and abs(missed) < _NEAR
+        # Where a part of the weights is zero anyway, smaller steps save that part of a bit more.
+        slope = 0.0
+        if len(known) > 1 and not near:
+            (x0, saved0), (x1, saved1) = known[-2:]
+            slope = float(np.clip((saved0 - saved1) / (x1 - x0), 0, 0.95)) if x1 != x0 else 0.0
+        more = missed / (1 - slope)  # as c falls by half, rounding takes a bit more
+        expected = min(saved + slope * more, max(saved, _FINEST - wanted))
+        c = bisect_constant(histograms, wanted, log2_states, expected, near=c / 2**more)
+        if near:
+            return c
+    if abs(missed) > _FAR:
+        raise ValueError(
+            f"{wanted:.3g} bits per weight cannot be had; the nearest is {wanted - missed:.2f}"
+        )
+    return c
 
 
 def _saved(
