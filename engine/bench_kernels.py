@@ -152,7 +152,7 @@ def _activations(device: Device, tokens: int, cols: int) -> Activations:
     scale = rng.uniform(0.1, 1, (tokens, n_blocks)).astype(np.float32)
     sums = scale * digits.reshape(tokens, n_blocks, 32).sum(axis=2, dtype=np.float32)
     pairs = np.stack([scale, sums], axis=-1)
-    return Activations(device.upload("digits", digits), device.upload("scale", pairs))
+    return Activations.upload(device, "x", digits, pairs)
 
 
 def _row(

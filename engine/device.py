@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,8 @@ from engine.interrupt import uninterrupted
 
 STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
 UNIFORM = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
+IMAGE_FORMAT = wgpu.TextureFormat.rgba32uint  # a chunk of 16 bytes
+_IMAGE_WIDTH, _CHUNK_BYTES = 1024, 16  # shaders/shared/words_image.wgsl
 
 # The adapter's own maximum is asked for: weights need large bindings, the matvec as much workgroup
 # memory as there is.
@@ -111,8 +113,16 @@ class Device:
         self.max_binding_bytes = min(
             limits["max-storage-buffer-binding-size"], limits["max-buffer-size"], 1 << 29
         )
+        if self.software:  # chunks are in images
+            rows = self.wgpu.limits["max-texture-dimension-2d"]
+            self.max_binding_bytes = min(self.max_binding_bytes, rows * _IMAGE_WIDTH * _CHUNK_BYTES)
         self.workgroup_memory = limits["max-compute-workgroup-storage-size"]
         self.max_workgroup_lanes = limits["max-compute-invocations-per-workgroup"]
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Of what kernels import, see `engine.kernel.shader_source`."""
+        return ("image",) * self.software + ("wide",) * self.int64
 
     @classmethod
     def open(cls, wanted: str | None = None) -> Device:
@@ -156,19 +166,23 @@ class Device:
                 f"allows {self.max_binding_bytes / 2**20:.0f} MiB; use a smaller --context or "
                 "another adapter"
             )
+        create = self.wgpu.create_buffer
+        return self._made(label, size, lambda: create(label=label, size=size, usage=usage))
+
+    def _made(self, label: str, size_bytes: int, create: Callable[[], Any]) -> Any:
         try:
-            buffer = self.wgpu.create_buffer(label=label, size=size, usage=usage)
+            made = create()
         except wgpu.GPUError as error:
             raise OutOfMemoryError(
-                f"{self.name}: no room for {label} ({size / 2**20:.0f} MiB beside the "
+                f"{self.name}: no room for {label} ({size_bytes / 2**20:.0f} MiB beside the "
                 f"{self.allocated_bytes / 2**20:.0f} MiB already in use): {error}"
             ) from error
-        self.allocated_bytes += size
-        return buffer
+        self.allocated_bytes += size_bytes
+        return made
 
     def destroy(self, buffer: Any) -> None:
-        """Free a buffer's memory once the GPU is done with it."""
-        self.allocated_bytes -= buffer.size
+        """Free a buffer's or a texture's memory once the GPU is done with it."""
+        self.allocated_bytes -= size_bytes(buffer)
         buffer.destroy()
 
     def upload(
@@ -180,6 +194,27 @@ class Device:
         if data.nbytes:
             self.write(buffer, data)
         return buffer
+
+    @uninterrupted()
+    def upload_chunks(self, label: str, words: np.ndarray, padding_bytes: int) -> Any:
+        """What shaders/shared/words.wgsl reads: words, then zeros. A buffer, or a texture."""
+        if not self.software:
+            return self.upload(label, words, padding_bytes=padding_bytes)
+        row_bytes = _IMAGE_WIDTH * _CHUNK_BYTES
+        height = -(-(words.nbytes + padding_bytes) // row_bytes)
+        size = _IMAGE_WIDTH, height, 1
+        create = self.wgpu.create_texture
+        usage = wgpu.TextureUsage.STORAGE_BINDING | wgpu.TextureUsage.COPY_DST
+        texture = self._made(
+            label,
+            height * row_bytes,
+            lambda: create(label=label, size=size, format=IMAGE_FORMAT, usage=usage),
+        )
+        data = np.zeros(height * row_bytes // 4, np.uint32)
+        data[: words.size] = words
+        layout = dict(bytes_per_row=row_bytes, rows_per_image=height)
+        self.queue.write_texture(dict(texture=texture), data, layout, size)
+        return texture
 
     def write(self, buffer: Any, array: np.ndarray, offset_bytes: int = 0) -> None:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -229,6 +264,14 @@ class Device:
             label=_api.to_c_string_view(label),
         )
         return GPUShaderModule(label, create(self.wgpu._internal, descriptor, 0), self.wgpu)
+
+
+def size_bytes(resource: Any) -> int:
+    """Of a buffer or of a texture."""
+    if isinstance(resource, wgpu.GPUTexture):
+        return resource.width * resource.height * _CHUNK_BYTES
+    size: int = resource.size
+    return size
 
 
 _outcomes: dict[int, tuple[int, str]] = {}  # of mappings, by their numbers

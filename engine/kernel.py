@@ -18,39 +18,40 @@ from typing import Any
 import numpy as np
 import wgpu
 
-from engine.device import UNIFORM, Device
+from engine.device import IMAGE_FORMAT, UNIFORM, Device
 from engine.interrupt import uninterrupted
 
 _IMPORT = re.compile(r"^//#import (\w+)$", re.MULTILINE)
-_BINDING = re.compile(
-    r"@group\(0\) @binding\((\d+)\) var<(uniform|storage, read|storage, read_write)> (\w+):"
-)
+_BINDING = re.compile(r"@group\(0\) @binding\((\d+)\) var(?:<([\w, ]+)>)? (\w+):")
 _PARAMS = re.compile(r"struct Params \{(.*?)\}", re.DOTALL)
 _FIELD = re.compile(r"(\w+): (u32|i32|f32)")
 _PARAM = re.compile(r"\bparams\.(\w+)")
 _OVERRIDE = re.compile(r"^override (\w+): \w+;", re.MULTILINE)
 _PARAMS_BINDING = "@group(0) @binding(0) var<uniform> params: Params;"
-_KIND = {
-    "uniform": wgpu.BufferBindingType.uniform,
-    "storage, read": wgpu.BufferBindingType.read_only_storage,
-    "storage, read_write": wgpu.BufferBindingType.storage,
+_KIND: dict[str, dict[str, Any]] = {
+    "uniform": {"buffer": {"type": wgpu.BufferBindingType.uniform}},
+    "storage, read": {"buffer": {"type": wgpu.BufferBindingType.read_only_storage}},
+    "storage, read_write": {"buffer": {"type": wgpu.BufferBindingType.storage}},
+    "": {
+        "storage_texture": {"access": wgpu.StorageTextureAccess.read_only, "format": IMAGE_FORMAT}
+    },
 }
 _PACK = {"u32": "I", "i32": "i", "f32": "f"}
 _SUFFIX = {"u32": "u", "i32": "i", "f32": "f"}
 
 
 @cache
-def shader_source(name: str, wide: bool = False) -> str:
-    """The text of shaders/NAME.wgsl, each `//#import X` line replaced by shaders/shared/X.wgsl.
-
-    With `wide`, for devices with 64-bit integers, by X_wide.wgsl where there is one.
+def shader_source(name: str, variants: tuple[str, ...] = ()) -> str:
+    """The text of shaders/NAME.wgsl, each `//#import X` line replaced by shaders/shared/X.wgsl, or
+    by X_V.wgsl where there is one for one of the variants V.
     """
     folder = files("shaders")
 
     def shared(match: re.Match[str]) -> str:
         file = folder / "shared" / f"{match[1]}.wgsl"
-        if wide and (folder / "shared" / f"{match[1]}_wide.wgsl").is_file():
-            file = folder / "shared" / f"{match[1]}_wide.wgsl"
+        for variant in variants:
+            if (folder / "shared" / f"{match[1]}_{variant}.wgsl").is_file():
+                file = folder / "shared" / f"{match[1]}_{variant}.wgsl"
         if not file.is_file():
             raise FileNotFoundError(
                 f"shaders/{name}.wgsl imports {match[1]}, but there is no {file}"
@@ -81,19 +82,21 @@ class Kernel:
         self,
         device: Device,
         name: str,
+        variants: tuple[str, ...] = (),
         constants: Mapping[str, int | float] | None = None,
         **overrides: int,
     ) -> None:
-        code = shader_source(name, device.int64)
+        code = shader_source(name, device.variants + variants)
         self.device = device
         self.name = name
         self.overrides = overrides
+        self._variants = variants
         self._constants = dict(constants or {})
         self._of_constants: dict[tuple[tuple[str, int | float], ...], Kernel] = {}
         params = _PARAMS.search(code)
         self.params = _FIELD.findall(re.sub("//.*", "", params[1])) if params else []
         self._code = _with_constants(code, self._constants, self.params)
-        self.bindings = {m[3]: (int(m[1]), m[2]) for m in _BINDING.finditer(self._code)}
+        self.bindings = {m[3]: (int(m[1]), m[2] or "") for m in _BINDING.finditer(self._code)}
         _same_names(f"{name}: overrides", overrides, _OVERRIDE.findall(self._code))
         self.layout = device.wgpu.create_bind_group_layout(
             label=name,
@@ -101,7 +104,7 @@ class Kernel:
                 {
                     "binding": i,
                     "visibility": wgpu.ShaderStage.COMPUTE,
-                    "buffer": {"type": _KIND[kind]},
+                    **_KIND[kind],
                 }
                 for i, kind in self.bindings.values()
             ],
@@ -145,12 +148,12 @@ class Kernel:
 
         A GPU has `constants` compiled in, for each set of them anew, so there must be few: what a
         launch reads first comes from far away, and all of the launch waits for it.
-        A buffer may be given as (buffer, offset, size) in bytes.
+        A buffer may be given as (buffer, offset, size) in bytes; for an image a texture.
         """
         if constants and self.device.constants:
             key = tuple(constants.items())
             if key not in self._of_constants:
-                kernel = Kernel(self.device, self.name, constants, **self.overrides)
+                kernel = Kernel(self.device, self.name, self._variants, constants, **self.overrides)
                 self._of_constants[key] = kernel
             return self._of_constants[key].dispatch(workgroups, params, **buffers)
         params = {**self._constants, **(constants or {}), **(params or {})}
@@ -164,7 +167,7 @@ class Kernel:
             entries=[
                 {
                     "binding": self.bindings[key][0],
-                    "resource": dict(zip(("buffer", "offset", "size"), _range(given), strict=True)),
+                    "resource": _resource(given),
                 }
                 for key, given in buffers.items()
             ],
@@ -172,7 +175,7 @@ class Kernel:
         if self._pipeline is None:
             self._pipeline = self.device.compilers.submit(self._compile)
         x, y, z = (*workgroups, 1, 1)[:3]
-        matrix = _range(buffers["words"])[0].label if "words" in buffers else ""
+        matrix = buffers["words"].label if "words" in buffers else ""
         return Dispatch(self, group, (x, y, z), matrix)
 
     def _pack(self, params: Mapping[str, int | float]) -> Any:
@@ -186,12 +189,13 @@ class Kernels:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._made: dict[tuple[str, tuple[tuple[str, int], ...]], Kernel] = {}
+        self._made: dict[tuple[Any, ...], Kernel] = {}
 
-    def get(self, name: str, **overrides: int) -> Kernel:
-        key = (name, tuple(sorted(overrides.items())))
+    def get(self, name: str, *variants: str, **overrides: int) -> Kernel:
+        """`variants`: of what the kernel imports, besides those that the device needs."""
+        key = name, self.device.variants, variants, tuple(sorted(overrides.items()))
         if key not in self._made:
-            self._made[key] = Kernel(self.device, name, None, **overrides)
+            self._made[key] = Kernel(self.device, name, variants, None, **overrides)
         return self._made[key]
 
     def wait(self) -> None:
@@ -216,8 +220,11 @@ def _with_constants(
     return _PARAM.sub(lambda use: literals.get(use[1], use[0]), code)
 
 
-def _range(given: Any) -> tuple[Any, int, int]:
-    return given if isinstance(given, tuple) else (given, 0, given.size)
+def _resource(given: Any) -> Any:
+    if isinstance(given, wgpu.GPUTexture):
+        return given.create_view()
+    given = given if isinstance(given, tuple) else (given, 0, given.size)
+    return dict(zip(("buffer", "offset", "size"), given, strict=True))
 
 
 def _same_names(

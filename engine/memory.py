@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from engine.device import Device
 from engine.errors import DeviceError
 from model import prompt
+from model.activations import UNIFORM_BYTES
 from model.kv_cache import BLOCK, KINDS, KVCache
 from model.llama import MAX_TOKENS
 from model.operations import AttentionCut
@@ -66,9 +67,9 @@ class Wanted:
         c, weights, software = self.weights.config, self.weights, self.device.software
         stored = sum(map(weights.stored_bits, weights.matrix_names)) // 8
         rows = [matrix.rows for matrix in layout.matrices(c)]
-        # Each matrix has tables; rows start at whole chunks of 16 bytes, and beside them lie a
-        # description of each and where it may be entered.
-        tables = len(rows) * (1 << 16 if software else 1 << 13)
+        # Each matrix has tables; rows start at whole chunks of 16 bytes, in images of whole rows if
+        # it is for a CPU, and beside them lie a description of each and where it may be entered.
+        tables = len(rows) * ((1 << 16) + (1 << 13) if software else 1 << 13)
         on_device = stored * 21 // 20 + 48 * sum(rows) + tables
         widths = c.vocab_size + 4 * (c.dim + c.hidden_dim + c.q_dim)
         partial = c.n_heads * AttentionCut.of(c, self.device).n_splits * (c.head_dim + 2)
@@ -77,6 +78,8 @@ class Wanted:
         scratch += 16 * c.vocab_size  # where each token's row of the embedding is
         if not (self.exact or weights.lossless):
             scratch += prompt.scratch_bytes(c, self.context, software=software)
+        if software:  # xn, attn and h can be read as uniform memory
+            scratch += 3 * UNIFORM_BYTES
         cache = KVCache.size_bytes(c, self.positions, self.cache_kind)
         return Memory(on_device, cache, scratch)
 

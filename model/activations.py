@@ -5,14 +5,17 @@ and launches of passes of many tokens, which fit any number of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from engine.device import STORAGE, UNIFORM, Device
 from engine.kernel import Dispatch
 from model.gpu_layout import BLOCK
 
 FLOAT = 4  # bytes of an activation, for which there are n_digits otherwise
-UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what matmul_rows has in uniform memory
+UNIFORM_BLOCKS = 2048  # of 32 columns, all tokens together: what a kernel has in uniform memory
+UNIFORM_BYTES = UNIFORM_BLOCKS * (BLOCK + 8)  # of digits and of scales
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,27 @@ class Activations:
         cls, device: Device, label: str, tokens: int, n_digits: int, cols: int
     ) -> Activations:
         n_blocks = -(-cols // BLOCK)
+        digits = np.zeros(tokens * n_digits * n_blocks * BLOCK, np.int8)
+        scale = np.zeros(tokens * n_blocks * 2, np.float32)
+        squares = device.empty(f"{label}.squares", n_blocks * 4)
+        return replace(cls.upload(device, label, digits, scale), squares=squares)
+
+    @classmethod
+    def upload(cls, device: Device, label: str, digits: np.ndarray, scale: np.ndarray) -> Self:
+        """In software adapters' memory as much as can be read as uniform memory."""
+        usage = STORAGE | UNIFORM if device.software else STORAGE
+        blocks = UNIFORM_BLOCKS if device.software else 0
         return cls(
-            device.empty(f"{label}.digits", tokens * n_digits * n_blocks * BLOCK),
-            device.empty(f"{label}.scale", tokens * n_blocks * 8),
-            squares=device.empty(f"{label}.squares", n_blocks * 4),
+            device.upload(f"{label}.digits", digits, usage, max(0, blocks * BLOCK - digits.nbytes)),
+            device.upload(f"{label}.scale", scale, usage, max(0, blocks * 8 - scale.nbytes)),
         )
+
+    def uniform(self, blocks: int) -> Activations | None:
+        """The first blocks in uniform memory, if they can be read there."""
+        if blocks > UNIFORM_BLOCKS or not self.digits.usage & UNIFORM:
+            return None
+        digits = self.digits, 0, UNIFORM_BLOCKS * BLOCK
+        return replace(self, digits=digits, scale=(self.scale, 0, UNIFORM_BLOCKS * 8))
 
     @classmethod
     def for_matmul(cls, device: Device, label: str, tokens: int, cols: int) -> Activations:

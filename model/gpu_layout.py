@@ -53,29 +53,29 @@ def padded_rows(rows: int) -> int:
 
 
 def interleaved_streams(
-    m: CodedMatrix, rows: Rows, lanes: int
+    m: CodedMatrix, rows: Rows
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """The words of some rows, the chunks of every `lanes` rows alternating, and where each starts.
+    """The words of some rows, the chunks of every TILE rows alternating, and where each starts.
 
-    A row keeps its offset within the first chunk; its next chunk is `lanes` chunks further on.
+    A row keeps its offset within the first chunk; its next chunk is TILE chunks further on.
     """
     first = m.row_offsets[rows] // CHUNK_BITS
     counts = -(-m.row_offsets[rows + 1] // CHUNK_BITS) - first
-    groups = np.zeros((-(-rows.size // lanes), lanes), np.int64)
+    groups = np.zeros((-(-rows.size // TILE), TILE), np.int64)
     groups.ravel()[: rows.size] = counts
     widths = groups.max(axis=1)
-    group_starts = lanes * (np.cumsum(widths) - widths)
+    group_starts = TILE * (np.cumsum(widths) - widths)
     row = np.arange(rows.size)
-    starts = group_starts[row // lanes] + row % lanes
+    starts = group_starts[row // TILE] + row % TILE
 
     base = first.min()
     words = m.words[_CHUNK_WORDS * base : _CHUNK_WORDS * (first + counts).max()]
     words = np.append(words, np.zeros(-words.size % _CHUNK_WORDS, np.uint32))
     chunk_row = np.repeat(row, counts)
     step = np.arange(chunk_row.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    out = np.zeros((lanes * int(widths.sum()), _CHUNK_WORDS), np.uint32)
+    out = np.zeros((TILE * int(widths.sum()), _CHUNK_WORDS), np.uint32)
     source = words.reshape(-1, _CHUNK_WORDS)
-    out[starts[chunk_row] + lanes * step] = source[first[chunk_row] - base + step]
+    out[starts[chunk_row] + TILE * step] = source[first[chunk_row] - base + step]
     return out.ravel(), starts * CHUNK_BITS + m.row_offsets[rows] % CHUNK_BITS
 
 

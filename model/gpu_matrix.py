@@ -26,7 +26,7 @@ from codec.classes import TILE
 from codec.lossless import AnyMatrix, LosslessMatrix, exponent_tables
 from codec.matrix import CodedMatrix
 from codec.table import decode_tables
-from engine.device import STORAGE, UNIFORM
+from engine.device import STORAGE, UNIFORM, size_bytes
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
 from model.activations import (
@@ -170,7 +170,6 @@ class GpuMatrix:
         room = device.workgroup_memory - 4 * _MAX_GROUP_LANES - _OTHER_BYTES
         self._copies = 2 if 2 * self.n_states <= min(_MAX_TABLE, room // 4) else 1
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
-        self.interleave = _SOFTWARE_LANES if self.whole_rows else TILE
         self._order = classes.device_order(m.classes)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
@@ -215,12 +214,12 @@ class GpuMatrix:
         """
         cols = -(-m.cols // BLOCK) * BLOCK
         bits = (m.log2_states + m.group * m.raw_bits) * cols // m.group
-        return self.interleave * (bits // 8 + 64)
+        return TILE * (bits // 8 + 64)
 
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> _Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
         numbers = self._order[begin:end]
-        words, bits = interleaved_streams(m, numbers, self.interleave)
+        words, bits = interleaved_streams(m, numbers)
         self._by_number[numbers] = row_info(m, numbers, bits, np.arange(begin, end))
         info = np.zeros((padded, 4), np.uint32)
         info[:rows] = row_info(m, numbers, bits, numbers)
@@ -230,7 +229,7 @@ class GpuMatrix:
         part = _Part(
             begin,
             rows,
-            device.upload(f"{label}.words", words, padding_bytes=self._guard_bytes(m)),
+            device.upload_chunks(f"{label}.words", words, self._guard_bytes(m)),
             device.upload(f"{label}.row_info", info),
             device.upload(f"{label}.entries", entries),
             device.upload(f"{label}.mantissas", tiled_fields(floats, numbers)) if floats else None,
@@ -260,7 +259,6 @@ class GpuMatrix:
             n_states=self.n_states,
             group_size=self._group,
             **self._raw_bits,
-            interleave=self.interleave,
         )
 
     @property
@@ -284,7 +282,7 @@ class GpuMatrix:
     def read_bytes(self) -> int:
         """Bytes that one matvec reads of the matrix."""
         buffers = [buffer for part in self.parts for buffer in part.buffers.values()]
-        return sum(buffer.size for buffer in [*buffers, self.table, self.outliers])
+        return sum(map(size_bytes, [*buffers, self.table, self.outliers]))
 
     def destroy(self) -> None:
         """Give the memory back; the matrix is of no use afterwards."""
@@ -336,6 +334,7 @@ class GpuMatrix:
         silu(gate) * up.
         """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
+        variants = []
         tile, lanes = TILE, TILE * self.segments_per_group
         activations: dict[str, Any]
         if isinstance(x, Residual):
@@ -348,6 +347,8 @@ class GpuMatrix:
         elif self.floats:
             name, activations = "matvec_float", dict(x=x.digits)
         else:
+            if self.whole_rows and (few := x.uniform(tokens * digits * self.n_blocks)):
+                variants, x = ["uniform"], few
             name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
         if not self.floats:
             overrides["digits"] = digits
@@ -375,10 +376,14 @@ class GpuMatrix:
             if made or then:
                 overrides["lanes"] = lanes
             if not then:
-                kernel = self.kernels.get(name, **overrides)
+                kernel = self.kernels.get(name, *variants, **overrides)
             else:
                 kernel = self.kernels.get(
-                    f"{name}_then", gated=then.gated, splits=y.splits, **overrides
+                    f"{name}_then",
+                    *variants,
+                    gated=then.gated,
+                    splits=y.splits,
+                    **overrides,
                 )
                 params["dim"] = then.dim
                 after |= dict(arrived=then.arrived, x=then.x, weight=then.weight)

@@ -4,13 +4,14 @@
 
 //#import funnel
 //#import ans
+//#import words
 //#import stream
 //#import matrix
 //#import table_rows
 //#import planes
 //#import bytes
 
-const LANES = 8u;  // one AVX2 vector; the rows that interleave
+const LANES = 8u;  // one AVX2 vector
 
 struct Params {
   first_row: u32,  // of the part's rows
@@ -23,8 +24,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<uniform> table: array<vec4<u32>, 4096>;  // of all classes, and a rest never reached
-@group(0) @binding(2) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(2) var<uniform> table: array<vec4<u32>, 4096>;  // of all classes, and a rest never reached
 @group(0) @binding(3) var<storage, read> row_info: array<Row>;
 @group(0) @binding(4) var<storage, read> entries: array<u32>;  // the rows' initial states
 @group(0) @binding(5) var<storage, read> outliers: array<u32>;

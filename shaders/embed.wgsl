@@ -5,6 +5,7 @@
 //#import state
 //#import funnel
 //#import ans
+//#import words
 //#import stream
 //#import matrix
 //#import table
@@ -22,8 +23,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> state: State;
-@group(0) @binding(2) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read> state: State;
 @group(0) @binding(3) var<storage, read> row_info: array<Row>;  // of all rows, in the matrix's order; place is where they lie here
 @group(0) @binding(4) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
 @group(0) @binding(5) var<storage, read> table: array<vec4<u32>>;

@@ -4,6 +4,7 @@
 
 //#import funnel
 //#import ans
+//#import words
 //#import stream
 //#import matrix
 
@@ -15,7 +16,6 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
 @group(0) @binding(3) var<storage, read> table: array<u32>;
 @group(0) @binding(4) var<storage, read_write> entries: array<u32>;  // (n_segments, rows_padded)

@@ -5,9 +5,11 @@
 //#import state
 //#import funnel
 //#import ans
+//#import words
 //#import stream
 //#import matrix
 //#import table_rows
+//#import streams
 //#import sums
 //#import digits
 //#import input
@@ -27,13 +29,10 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<uniform> table: array<vec4<u32>, 4096>;  // of all classes, and a rest never reached
-@group(0) @binding(2) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(2) var<uniform> table: array<vec4<u32>, 4096>;  // of all classes, and a rest never reached
 @group(0) @binding(3) var<storage, read> row_info: array<Row>;
 @group(0) @binding(4) var<storage, read> entries: array<u32>;  // the rows' initial states
 @group(0) @binding(5) var<storage, read> outliers: array<u32>;
-@group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
-@group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (1, tokens, y_rows)
 @group(0) @binding(9) var<storage, read> squares: array<vec4<f32>>;
 

@@ -4,6 +4,7 @@
 //#import state
 //#import funnel
 //#import ans
+//#import words
 //#import stream
 //#import matrix
 //#import table
@@ -35,13 +36,10 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> row_info: array<Row>;
 @group(0) @binding(3) var<storage, read> entries: array<u32>;  // (n_segments, rows_padded)
 @group(0) @binding(4) var<storage, read> table: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> outliers: array<u32>;
-@group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;
-@group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;
 @group(0) @binding(8) var<storage, read_write> y: array<atomic<u32>>;  // f32 (splits, y_rows)
 @group(0) @binding(9) var<storage, read_write> arrived: array<atomic<u32>>;  // one a block
 @group(0) @binding(10) var<storage, read_write> x: array<f32>;  // (dim,)

@@ -59,7 +59,7 @@ def digit_activations(
     x = sum(d[:, i] / 254.0**i for i in range(digits)) * np.repeat(scale, 32, axis=1)
     sums = x.reshape(tokens, n_blocks, 32).sum(axis=2)
     pair = np.stack([scale, sums.astype(np.float32)], axis=-1)
-    return Activations(device.upload("digits", d), device.upload("scale", pair)), x[:, :cols]
+    return Activations.upload(device, "x", d, pair), x[:, :cols]
 
 
 def read_activations(

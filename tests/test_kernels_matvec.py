@@ -121,10 +121,35 @@ def test_a_row_of_many_is_what_it_is_alone(
     assert np.isnan(got[y.splits * tokens * m.rows :]).all()
     together = got[: y.splits * tokens * m.rows].reshape(y.splits, tokens, m.rows)
     for t in (0, 7, 12):
-        one = Activations(*(kernels.device.upload("of one", v[t]) for v in (digits, scale)))
+        one = Activations.upload(kernels.device, "of one", digits[t], scale[t])
         run(kernels.device, Plan(gpu.matvec(one, y, tokens=1, digits=1)))
         alone = kernels.device.read(y.buffer, np.float32, (y.splits, m.rows))
         assert (together[:, t] == alone).all()
+
+
+def test_activations_beyond_uniform_memory_give_the_same(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what each token's give, which a software adapter reads as uniform memory."""
+    monkeypatch.setattr(kernels.device, "software", True)
+    m, tokens, digits = coded(rng, 40, 1430, 0.6, 11), MATVEC_ROWS, 3
+    gpu = GpuMatrix(kernels, "w", m)
+    a, _ = digit_activations(rng, kernels.device, tokens, digits, m.cols)
+    assert a.uniform(tokens * digits * gpu.n_blocks) is None
+    y = gpu.output("y", tokens)
+
+    def products(a: Activations, tokens: int) -> np.ndarray:
+        run(kernels.device, Plan(gpu.matvec(a, y, tokens=tokens, digits=digits)))
+        return kernels.device.read(y.buffer, np.float32, (tokens, m.rows))
+
+    together = products(a, tokens)
+    shape = tokens, digits, 32 * gpu.n_blocks
+    of_each = kernels.device.read(a.digits, np.int8, shape)
+    scale = kernels.device.read(a.scale, np.float32, (tokens, gpu.n_blocks, 2))
+    for t in (0, tokens - 1):
+        one = Activations.upload(kernels.device, "of one", of_each[t], scale[t])
+        assert one.uniform(digits * gpu.n_blocks)
+        assert (products(one, 1)[0] == together[t]).all()
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
@@ -147,7 +172,7 @@ def test_whole_numbers_come_out_exactly(
     scale = np.stack([np.ones_like(sums), sums], axis=-1)
     device = kernels.device
     y = gpu.output("y", 1)
-    a = Activations(device.upload("digits", x), device.upload("scale", scale))
+    a = Activations.upload(device, "x", x, scale)
     run(device, Plan(gpu.matvec(a, y, tokens=1, digits=1)))
     got = device.read(y.buffer, np.float32, (y.splits, m.rows)).sum(axis=0)
     assert (got == q @ x[0, 0, : m.cols].astype(np.int64)).all()

@@ -69,7 +69,7 @@ def test_no_outlier_is_lost(
     scale = np.ones((tokens, gpu.n_blocks), np.float32)
     sums = d[:, 0].reshape(tokens, -1, 32).sum(axis=2, dtype=np.float32)
     pair = np.stack([scale, sums], axis=-1)
-    a = Activations(device.upload("digits", d), device.upload("scale", pair))
+    a = Activations.upload(device, "x", d, pair)
     y = gpu.output("y", tokens)
     run(device, Plan(gpu.matvec(a, y, tokens=tokens, digits=digits)))
     got = device.read(y.buffer, np.float32, (y.splits, tokens, matrix.rows)).sum(axis=0)

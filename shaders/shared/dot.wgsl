@@ -1,7 +1,5 @@
 // Dot products of decoded weights with activations in int8 digits: the integer sums are exact. Beside it stand digits.wgsl
-// and input.wgsl, or input_gated.wgsl. The importer provides  in_digits: array<vec4<u32>>  (tokens, digits, 16-column
-// groups),  in_scale: array<vec2<f32>>  (tokens, blocks): scale and sum of the block's x,  if not the latter of the two does,
-// and  params.n_blocks, params.offset: f32  (min_symbol << raw_bits).
+// and input.wgsl, or input_made.wgsl. The importer provides  params.n_blocks  and  params.offset: f32  (min_symbol << raw_bits).
 
 const DIGIT = 1.0 / 254.0;
 
@@ -24,7 +22,7 @@ fn block_dot(a: Weights, b: Weights, token: u32, block: u32, offset: f32) -> f32
 }
 
 fn scaled(dot: f32, token: u32, block: u32, offset: f32) -> f32 {
-  let x = in_scale[token * input_blocks() + input_block(block)];
+  let x = block_scale(token * input_blocks() + input_block(block));
   return dot * x.x + offset * x.y;
 }
 
@@ -46,7 +44,7 @@ fn activation(token: u32, column: u32) -> f32 {
     let group = 2u * input_blocks();
     x += DIGIT * (digit_at(first + group, column) + DIGIT * digit_at(first + 2u * group, column));
   }
-  return x * in_scale[token * input_blocks() + input_block(column >> 5u)].x;
+  return x * block_scale(token * input_blocks() + input_block(column >> 5u)).x;
 }
 
 fn digit_at(group: u32, column: u32) -> f32 {

@@ -1,6 +1,11 @@
-// What a matvec multiplies, in memory: in_digits and in_scale have all columns. In its place input_made.wgsl makes them.
+// What a matvec multiplies, in memory: all columns. In its place input_made.wgsl makes them; and on software adapters
+// input_uniform.wgsl takes it, where there are few enough.
 
 const INPUT_OF_SPLIT = false;
 
+@group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;  // (tokens, digits, 16-column groups)
+@group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;   // (tokens, blocks): scale and sum of the block's x
+
 fn input_blocks() -> u32 { return params.n_blocks; }
 fn input_block(block: u32) -> u32 { return block; }
+fn block_scale(i: u32) -> vec2<f32> { return in_scale[i]; }

@@ -15,6 +15,7 @@ var<private> begin_block: u32;  // of the split
 
 fn input_blocks() -> u32 { return split_blocks; }
 fn input_block(block: u32) -> u32 { return block - begin_block; }
+fn block_scale(i: u32) -> vec2<f32> { return in_scale[i]; }
 
 // The lane's quad, and in workgroup memory how large it is: what it is made of is loaded before anything that has to be waited
 // for. A barrier later `end_input` may be called, by all lanes.

@@ -1,9 +1,9 @@
-// A bit stream read sixteen bytes at a time, most significant bit first. The chunks of `interleave` neighbouring rows
-// alternate, so that their lanes walk through memory together: on a GPU the chunks that 32 lanes load lie side by side,
-// and a CPU's prefetcher sees a straight line. A GPU fetches a chunk long before it is needed, as memory is far away.
-// Beside it stands funnel.wgsl; the importer provides words: array<vec4<u32>>.
+// A bit stream read sixteen bytes at a time, most significant bit first. The chunks of a tile's rows alternate, so that
+// those who decode them walk through memory together: on a GPU the chunks that 32 lanes load lie side by side, and a CPU's
+// prefetcher sees a straight line. A GPU fetches a chunk long before it is needed, as memory is far away.
+// Beside it stand funnel.wgsl and words.wgsl.
 
-override interleave: u32;
+const INTERLEAVE = 32u;  // rows of a tile
 
 struct Stream {
   state: u32,
@@ -23,9 +23,9 @@ struct Stream {
 // Bit `offset` of the row that begins with bit `bit` of its first chunk's place; both as if nothing alternated.
 fn open_stream(bit: u32, offset: u32, state: u32, table: u32) -> Stream {
   let pos = (bit & 127u) + offset;
-  let chunk = (bit >> 7u) + (pos >> 7u) * interleave;
-  let next = chunk + interleave;
-  var s = Stream(state, table, pos & 127u, 0u, next, words[chunk], words[next], words[next + interleave],
+  let chunk = (bit >> 7u) + (pos >> 7u) * INTERLEAVE;
+  let next = chunk + INTERLEAVE;
+  var s = Stream(state, table, pos & 127u, 0u, next, chunk_at(chunk), chunk_at(next), chunk_at(next + INTERLEAVE),
                  0u, 0u, 0u, 0u);
   align(&s);
   return s;
@@ -79,24 +79,8 @@ fn clear_rest(s: ptr<function, Stream>) {
   if (most_bits() <= 96u) { (*s).w3 = 0u; }
 }
 
-// On a GPU lanes that need no chunk load none: fewer cache lines a load. On a CPU a branch costs more than the load.
-fn cross_chunk(s: ptr<function, Stream>, crossed: bool) {
-  if (interleave == 32u) {
-    if (crossed) {
-      (*s).a = (*s).b;
-      (*s).b = (*s).c;
-      (*s).next += interleave;
-      (*s).c = words[(*s).next + interleave];
-    }
-  } else {
-    (*s).a = select((*s).a, (*s).b, crossed);
-    (*s).next += select(0u, interleave, crossed);
-    (*s).b = words[(*s).next];
-  }
-}
-
 // Bits between the row's first one, which is bit `bit`, and a stream that has just been refilled.
 fn bits_read(s: ptr<function, Stream>, bit: u32) -> u32 {
-  let chunks = ((*s).next - (bit >> 7u)) / interleave - 1u;
+  let chunks = ((*s).next - (bit >> 7u)) / INTERLEAVE - 1u;
   return 128u * chunks + (*s).pos - (bit & 127u);
 }
