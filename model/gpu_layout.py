@@ -1,10 +1,13 @@
 """Where the words of a coded matrix lie in GPU memory: rearranged in numpy, before they are sent.
 
 Both arrangements serve rows that are read side by side, a lane each: their 16-byte chunks
-alternate, so that the lanes walk through memory together.
+alternate, so that the lanes walk through memory together. No more rows lie together than one
+binding may hold.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +53,39 @@ def far_outliers(m: CodedMatrix) -> npt.NDArray[np.uint32]:
 def padded_rows(rows: int) -> int:
     """Rows in whole tiles."""
     return -(-rows // TILE) * TILE
+
+
+def row_ranges(
+    m: CodedMatrix, floats: LosslessMatrix | None, binding_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Row ranges, in whole tiles, whose words fit one binding."""
+    most = m.rows
+    if floats:
+        tile_bytes = TILE * row_chunks(floats) * CHUNK_BITS // 8
+        most = TILE * max(1, binding_bytes // tile_bytes)
+    # Interleaving fills rows up to the longest beside them: at most one longest row a group.
+    room = 8 * (binding_bytes - guard_bytes(m)) - CHUNK_BITS
+    ends = np.arange(m.rows + 1) * (m.row_bits.max() + 2 * CHUNK_BITS)
+    begin = 0
+    while begin < m.rows:
+        end = int(np.searchsorted(ends, ends[begin] + room, side="right")) - 1
+        end = min(end, begin + most)
+        if end < m.rows:
+            end = begin + max(TILE, (end - begin) // TILE * TILE)
+        end = min(end, m.rows)
+        yield begin, end
+        begin = end
+
+
+def guard_bytes(m: CodedMatrix) -> int:
+    """Zeros after the last row: no row reads further, whatever its bits say.
+
+    The kernels decode whole blocks of 32 columns, at most log2_states / group + raw_bits bits each,
+    and fetch up to 48 bytes ahead.
+    """
+    cols = -(-m.cols // BLOCK) * BLOCK
+    bits = (m.log2_states + m.group * m.raw_bits) * cols // m.group
+    return TILE * (bits // 8 + 64)
 
 
 def interleaved_streams(

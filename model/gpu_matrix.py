@@ -8,6 +8,9 @@ a workgroup decodes, needs one table; their results go to where they belong.
 
 Matrices without loss have kernels of their own (`*_float`), as their symbols stand for exponents
 and their activations are f32; streams, entry points and lanes are the same.
+
+Here is what multiplies weights where it decodes them, for few tokens; gpu_layout.py has how words
+lie in memory, gpu_matmul.py products with many tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,23 +32,16 @@ from codec.table import decode_tables
 from engine.device import STORAGE, UNIFORM, size_bytes
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
-from model.activations import (
-    UNIFORM_BLOCKS,
-    Activations,
-    Output,
-    Residual,
-    Step,
-    Then,
-    uniform_tokens,
-)
+from model.activations import Activations, Output, Residual, Then
 from model.gpu_layout import (
     BLOCK,
-    CHUNK_BITS,
     far_outliers,
+    guard_bytes,
     interleaved_streams,
     padded_rows,
     row_chunks,
     row_info,
+    row_ranges,
     tiled_fields,
 )
 
@@ -58,12 +54,6 @@ _MAX_SEGMENT_BLOCKS = 8
 _MIN_GROUP_SEGMENTS = 8  # fewer lanes are long about the table
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
-# Lanes of a workgroup of matmul, and those of them that share its rows, each with four tokens.
-_PRODUCT_LANES, _TOKEN_LANES, _FEW_TOKEN_LANES = 256, 16, 8
-_BYTE_ROWS = 128  # so matmul needs no smaller tile at the end
-_LARGE_PRODUCT_ROWS = 4096  # fewer leave multiprocessors idle with tiles so large
-_GROUPS_WANTED, _MAX_FEW_SPLITS = 256, 8  # of a product of few tokens
-
 _MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for a norm
 
 _SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
@@ -73,17 +63,12 @@ _OTHER_BYTES = 1024  # of workgroup memory that it needs besides
 # more, and lanes that must have room there: an H100's, as its driver has it.
 _RESIDENT_BYTES, _GROUP_BYTES, _RESIDENT_LANES = 48 << 10, 1024, 1024
 
-_SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
-_ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
-_SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
-
-
-def _whole_tiles(rows: int) -> int:
-    return -(-rows // _BYTE_ROWS) * _BYTE_ROWS
+SOFTWARE_LANES = 8  # of a workgroup of matvec_rows, decode_rows and matmul_rows
+ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Rows [row_begin, row_begin + rows), sorted by class: as many as one binding may hold."""
 
     row_begin: int
@@ -102,16 +87,6 @@ class _Part:
         """By the names that they have in the kernels."""
         found = {"words": self.words, "row_info": self.row_info, "entries": self.entries}
         return found if self.mantissas is None else {**found, "mantissas": self.mantissas}
-
-
-class _Piece(NamedTuple):
-    """Rows first_row, first_row + 1, ... of a part, and of these the columns of some segments."""
-
-    part: _Part
-    first_row: int
-    rows: int
-    segment_begin: int
-    segment_end: int
 
 
 class GpuMatrix:
@@ -138,14 +113,16 @@ class GpuMatrix:
         self.n_blocks = -(-m.cols // BLOCK)
         self.n_states = 1 << m.log2_states
         self.floats = floats is not None
-        self._group = m.group
-        self._raw_bits = dict(raw_bits=m.raw_bits, narrow_raw_bits=m.narrow_raw_bits)
+        # Overrides of shaders/shared/matrix.wgsl, and of all that decode streams.
+        raw_bits = dict(raw_bits=m.raw_bits, narrow_raw_bits=m.narrow_raw_bits)
+        self.row_overrides = dict(n_states=self.n_states, **raw_bits)
+        self.stream_overrides = dict(group_size=m.group, **self.row_overrides)
         # What a decoded symbol means: overrides and params of the kernels that use it.
         self._overrides: dict[str, int] = {}
         self._params = dict(offset=m.min_symbol << m.raw_bits)
-        self._symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
+        self.symbols = dict(min_symbol=m.min_symbol, max_symbol=m.min_symbol + m.n_symbols - 1)
         # Of bytes: shaders/shared/planes.wgsl.
-        self._planes = 1 if m.raw_bits <= FAST_RAW_BITS else 2
+        self.planes = 1 if m.raw_bits <= FAST_RAW_BITS else 2
         self._far = far_outliers(m)
         tables = decode_tables(m.marginals, m.log2_states, m.group)
         if floats:
@@ -173,7 +150,8 @@ class GpuMatrix:
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
         self._order = classes.device_order(m.classes)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
-        self.parts = [self._upload(m, floats, *ends) for ends in self._row_ranges(m, floats)]
+        ranges = row_ranges(m, floats, device.max_binding_bytes)
+        self.parts = [self._upload(m, floats, *ends) for ends in ranges]
 
     def _wanted_segments(self, rows: int, max_segments: int) -> int:
         """Of a row; a workgroup takes up to `max_segments`."""
@@ -186,38 +164,7 @@ class GpuMatrix:
         full = -(-wanted // max_segments) * max_segments
         return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
 
-    def _row_ranges(
-        self, m: CodedMatrix, floats: LosslessMatrix | None
-    ) -> Iterator[tuple[int, int]]:
-        """Row ranges, in whole tiles, whose words fit one binding."""
-        most = m.rows
-        if floats:
-            tile_bytes = TILE * row_chunks(floats) * CHUNK_BITS // 8
-            most = TILE * max(1, self.kernels.device.max_binding_bytes // tile_bytes)
-        # Interleaving fills rows up to the longest beside them: at most one longest row a group.
-        room = 8 * (self.kernels.device.max_binding_bytes - self._guard_bytes(m)) - CHUNK_BITS
-        ends = np.arange(m.rows + 1) * (m.row_bits.max() + 2 * CHUNK_BITS)
-        begin = 0
-        while begin < m.rows:
-            end = int(np.searchsorted(ends, ends[begin] + room, side="right")) - 1
-            end = min(end, begin + most)
-            if end < m.rows:
-                end = begin + max(TILE, (end - begin) // TILE * TILE)
-            end = min(end, m.rows)
-            yield begin, end
-            begin = end
-
-    def _guard_bytes(self, m: CodedMatrix) -> int:
-        """Zeros after the last row: no row reads further, whatever its bits say.
-
-        The kernels decode whole blocks of 32 columns, at most log2_states / group + raw_bits bits
-        each, and fetch up to 48 bytes ahead.
-        """
-        cols = -(-m.cols // BLOCK) * BLOCK
-        bits = (m.log2_states + m.group * m.raw_bits) * cols // m.group
-        return TILE * (bits // 8 + 64)
-
-    def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> _Part:
+    def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
         numbers = self._order[begin:end]
         words, bits = interleaved_streams(m, numbers)
@@ -227,16 +174,16 @@ class GpuMatrix:
         entries = np.zeros((self.n_segments, padded), np.uint32)
         entries[0, :rows] = m.states[numbers]
         label = f"{self.name}[{begin}:{end}]"
-        part = _Part(
+        part = Part(
             begin,
             rows,
-            device.upload_chunks(f"{label}.words", words, self._guard_bytes(m)),
+            device.upload_chunks(f"{label}.words", words, guard_bytes(m)),
             device.upload(f"{label}.row_info", info),
             device.upload(f"{label}.entries", entries),
             device.upload(f"{label}.mantissas", tiled_fields(floats, numbers)) if floats else None,
         )
         if self.n_segments > 1:
-            kernel = self.kernels.get("entry_points", **self._stream)
+            kernel = self.kernels.get("entry_points", **self.stream_overrides)
             dispatch = kernel.dispatch(
                 [-(-rows // TILE)],
                 dict(
@@ -253,16 +200,7 @@ class GpuMatrix:
             run(device, Plan([dispatch]))
         return part
 
-    @property
-    def _stream(self) -> dict[str, int]:
-        """Overrides that say how streams are coded and laid out."""
-        return dict(
-            n_states=self.n_states,
-            group_size=self._group,
-            **self._raw_bits,
-        )
-
-    def _table(self, lanes: int, other_bytes: int = 0) -> dict[str, int]:
+    def table_overrides(self, lanes: int, other_bytes: int = 0) -> dict[str, int]:
         """Overrides of shaders/shared/table.wgsl, for workgroups that need so much other memory:
         two copies unless they leave room for too few of them.
         """
@@ -272,7 +210,7 @@ class GpuMatrix:
         copies = 2 if fits and resident >= _RESIDENT_LANES else 1
         return dict(copies=copies, table_pairs=copies * self.n_states // 2)
 
-    def _segments(self, tokens: int) -> dict[str, int]:
+    def _segment_overrides(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
         lanes = TILE * self.segments_per_group
         room = self.kernels.device.workgroup_memory - 4 * self.n_states - _OTHER_BYTES
@@ -316,10 +254,14 @@ class GpuMatrix:
         room = 4 * _MAX_TABLE + 16 * lanes + split * (BLOCK * digits + 8) + _OTHER_BYTES
         return bool(room <= self.kernels.device.workgroup_memory)
 
+    def first_block(self, segment: int) -> int:
+        """As shaders/shared/matrix.wgsl has it."""
+        return segment * self.n_blocks // self.n_segments
+
     @property
     def _split_blocks(self) -> int:
         """Most blocks of a split."""
-        ends = [self._first_block(i * self.segments_per_group) for i in range(self.splits + 1)]
+        ends = [self.first_block(i * self.segments_per_group) for i in range(self.splits + 1)]
         return max(end - begin for begin, end in pairwise(ends))
 
     def matvec(
@@ -339,7 +281,7 @@ class GpuMatrix:
         that `makes_input` also takes a residual, of which x is the norm, or gate | up, of which x =
         silu(gate) * up.
         """
-        overrides = dict(tokens=tokens, **self._stream, **self._overrides)
+        overrides = dict(tokens=tokens, **self.stream_overrides, **self._overrides)
         variants = []
         tile, lanes = TILE, TILE * self.segments_per_group
         activations: dict[str, Any]
@@ -364,10 +306,10 @@ class GpuMatrix:
             # Three arrays of a word a lane, and the input.
             made_bytes = 12 * lanes + self._split_blocks * (BLOCK * digits + 8)
         if self.whole_rows:
-            name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
+            name, tile, lanes = f"{name}_rows", SOFTWARE_LANES * ROWS_PER_LANE, SOFTWARE_LANES
         else:
-            overrides |= self._segments(tokens)
-            overrides |= self._table(lanes, 4 * overrides["partials"] + made_bytes)
+            overrides |= self._segment_overrides(tokens)
+            overrides |= self.table_overrides(lanes, 4 * overrides["partials"] + made_bytes)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(
@@ -412,137 +354,8 @@ class GpuMatrix:
                 **after,
             )
 
-    @property
-    def n_bytes(self) -> int:
-        """Of all weights as matmul reads them."""
-        return _whole_tiles(self.rows) * self._row_bytes
-
-    @property
-    def _row_bytes(self) -> int:
-        return self._planes * self.n_blocks * BLOCK
-
-    def few_splits(self) -> int:
-        """Of a product of few tokens, so that there are workgroups for a large GPU."""
-        if self.whole_rows:
-            return 1
-        tiles = -(-self.rows // _BYTE_ROWS)
-        return max(1, min(_MAX_FEW_SPLITS, _GROUPS_WANTED // tiles, self.n_blocks // 4))
-
-    def matmul(
-        self, x: Activations, y: Any, bytes_: Any, *, splits: int = 1, few: bool = False
-    ) -> Iterator[Step]:
-        """y[split, t] = the split's share of W x[t], f32 (splits, whole tiles of tokens, rows), for
-        many tokens: int8 activations, no floats. `few`: in tiles of 32 tokens, not of 64.
-
-        As much at a time is decoded to `bytes_` as it holds, and then multiplied.
-        """
-        for piece in self._pieces(bytes_.size):
-            yield Step(self._decode(piece, bytes_))
-            inputs = dict(
-                bytes=bytes_, row_info=piece.part.row_info, far_outliers=self._far_outliers, y=y
-            )
-            if self.whole_rows:
-                yield from self._multiply_rows(piece, x, inputs)
-            else:
-                yield self._multiply_tiles(piece, x, inputs, splits, few)
-
-    def _pieces(self, room_bytes: int) -> Iterator[_Piece]:
-        """Such that a product has rows enough, and all columns of them where that is possible."""
-        rows = room_bytes // self._row_bytes // _BYTE_ROWS * _BYTE_ROWS
-        segments = self.n_segments
-        enough = min(_whole_tiles(self.rows), _LARGE_PRODUCT_ROWS)
-        longest = self._planes * -(-self.n_blocks // self.n_segments) * BLOCK
-        most = room_bytes // (enough * longest)
-        if rows < enough and most and not self.whole_rows:
-            rows = enough
-            segments = -(-segments // -(-segments // most))  # of pieces alike
-        for part in self.parts:
-            for first_row in range(0, part.rows, rows):
-                for begin in range(0, self.n_segments, segments):
-                    end = min(begin + segments, self.n_segments)
-                    yield _Piece(part, first_row, min(rows, part.rows - first_row), begin, end)
-
-    def _params_of(self, piece: _Piece) -> dict[str, int]:
-        return dict(
-            first_row=piece.first_row,
-            n_blocks=self.n_blocks,
-            n_segments=self.n_segments,
-            byte_rows=_whole_tiles(piece.rows),
-        )
-
-    def _first_block(self, segment: int) -> int:
-        """As shaders/shared/matrix.wgsl has it."""
-        return segment * self.n_blocks // self.n_segments
-
-    def _decode(self, piece: _Piece, bytes_: Any) -> Dispatch:
-        part, begin, end = piece.part, piece.segment_begin, piece.segment_end
-        overrides = dict(planes=self._planes, **self._stream, **self._overrides)
-        buffers = dict(**part.buffers, table=self.table, outliers=self.outliers, bytes=bytes_)
-        params = dict(**self._params_of(piece), **self._symbols)
-        params["block_begin"] = self._first_block(begin)
-        if self.whole_rows:
-            kernel = self.kernels.get("decode_rows", **overrides)
-            return kernel.dispatch([-(-piece.rows // _SOFTWARE_LANES)], params, **buffers)
-        group = self.segments_per_group
-        overrides |= self._table(TILE * group)
-        overrides |= dict(segments_per_group=group, lanes=TILE * group)
-        params |= dict(rows_padded=part.rows_padded, segment_begin=begin, segment_end=end)
-        kernel = self.kernels.get("decode_tile", **overrides)
-        return kernel.dispatch(
-            [-(-piece.rows // TILE), -(-(end - begin) // group)], params, **buffers
-        )
-
-    def _multiply_tiles(
-        self, piece: _Piece, x: Activations, buffers: dict[str, Any], splits: int, few: bool
-    ) -> Step:
-        token_lanes = _FEW_TOKEN_LANES if few else _TOKEN_LANES
-        row_groups = 2 if self.rows >= _LARGE_PRODUCT_ROWS and not few else 1
-        tile = 4 * _PRODUCT_LANES // token_lanes * row_groups
-        kernel = self.kernels.get(
-            "matmul",
-            token_lanes=token_lanes,
-            row_groups=row_groups,
-            row_quads=4 * tile,
-            planes=self._planes,
-            n_states=self.n_states,
-            **self._raw_bits,
-        )
-        dispatch = kernel.dispatch(
-            [-(-piece.rows // tile), 1, splits],
-            dict(
-                **self._params_of(piece),
-                rows=piece.rows,
-                y_rows=self.rows,
-                block_begin=self._first_block(piece.segment_begin),
-                block_end=self._first_block(piece.segment_end),
-            ),
-            x_digits=x.digits,
-            x_scale=x.scale,
-            **buffers,
-        )
-        return Step(dispatch, 4 * token_lanes)
-
-    def _multiply_rows(
-        self, piece: _Piece, x: Activations, buffers: dict[str, Any]
-    ) -> Iterator[Step]:
-        kernel = self.kernels.get(
-            "matmul_rows", planes=self._planes, n_states=self.n_states, **self._raw_bits
-        )
-        window = uniform_tokens(self.n_blocks)
-        params = dict(**self._params_of(piece), rows=piece.rows, y_rows=self.rows)
-        for first in range(0, x.tokens, window):
-            at = first * self.n_blocks
-            dispatch = kernel.dispatch(
-                [-(-piece.rows // (_SOFTWARE_LANES * _ROWS_PER_LANE)), 1],
-                params | dict(first_token=first),
-                x_digits=(x.digits, at * BLOCK, UNIFORM_BLOCKS * BLOCK),
-                x_scale=(x.scale, at * 8, UNIFORM_BLOCKS * 8),
-                **buffers,
-            )
-            yield Step(dispatch, _SOFTWARE_TOKENS, first, window)
-
     @cached_property
-    def _far_outliers(self) -> Any:
+    def far_outliers(self) -> Any:
         return self.kernels.device.upload(f"{self.name}.far_outliers", self._far)
 
     @cached_property
@@ -553,8 +366,8 @@ class GpuMatrix:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
         lanes = 32 if self.whole_rows else 256
-        only = {} if self.floats else dict(lanes=lanes, **self._table(lanes))
-        kernel = self.kernels.get(name, **self._stream, **self._overrides, **only)
+        only = {} if self.floats else dict(lanes=lanes, **self.table_overrides(lanes))
+        kernel = self.kernels.get(name, **self.stream_overrides, **self._overrides, **only)
         for part in self.parts:
             yield kernel.dispatch(
                 [1, tokens],

@@ -1,7 +1,7 @@
 """Prompts: a Llama's passes of many tokens, one step per line, in the order of the paper.
 
 A matrix is decoded once for all tokens of the pass, to bytes in a buffer that all matrices use in
-turn, and multiplied with them there (GpuMatrix.matmul). Keys and values go into the cache first,
+turn, and multiplied with them there (gpu_matmul.py). Keys and values go into the cache first,
 then queries meet them tile by tile. Norms and activations are the kernels of short passes.
 """
 
@@ -17,6 +17,7 @@ from engine.kernel import Dispatch
 from engine.plan import Plan
 from model.activations import UNIFORM_BLOCKS, Activations, Output, Step, uniform_tokens
 from model.config import ModelConfig
+from model.gpu_matmul import decoded_bytes, matmul
 from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK, half_padded
 from weights import layout
@@ -118,7 +119,7 @@ class Prompt:
         self.h = Activations.for_matmul(device, "prompt.h", n, c.hidden_dim)
         # Weights, and between products the shares of attention's splits.
         shares = 4 * n * c.n_heads * self._splits * (2 * half_padded(c) + 2)
-        decoded = min(_BYTES, max(m.n_bytes for m in matrices))
+        decoded = min(_BYTES, max(map(decoded_bytes, matrices)))
         self.bytes = self.partial = device.empty("prompt.bytes", max(decoded, shares))
         self.blocks = device.empty("prompt.blocks", 4 * -(-model.max_pos // BLOCK))
         self._layer_steps: dict[bool, list[Step]] = {False: list(self._layers(paged=False))}
@@ -192,7 +193,7 @@ class Prompt:
             keys, values = m.cache.keys[i], m.cache.values[i]
             yield self._rms_norm(before, layer.input_layernorm, self.xn)
             before = product
-            yield from layer.qkv_proj.matmul(self.xn, self.y, self.bytes)
+            yield from matmul(layer.qkv_proj, self.xn, self.y, self.bytes)
             qkv = self.y
             if self.qkv_heads is not None:
                 qkv = self.qkv_heads
@@ -201,21 +202,21 @@ class Prompt:
             yield self._attention(i, qkv, keys, values, paged)
             splits = dict(partial=self.partial, n_splits=self._splits)
             yield Step(do.attention_combine(1, out=self.attn, **splits), 1)
-            yield from layer.o_proj.matmul(self.attn, self.y, self.bytes)
+            yield from matmul(layer.o_proj, self.attn, self.y, self.bytes)
 
             yield self._rms_norm(product, layer.post_attention_layernorm, self.xn)
             yield from self._gate_up(layer)
-            yield from layer.down_proj.matmul(self.h, self.y, self.bytes)
+            yield from matmul(layer.down_proj, self.h, self.y, self.bytes)
 
     def _gate_up(self, layer: Layer) -> Iterator[Step]:
         c, n, swiglu = self.config, self._turn_tokens, self._model.operations.swiglu
         if n == self.max_tokens:
-            yield from layer.gate_up_proj.matmul(self.xn, self.y, self.bytes)
+            yield from matmul(layer.gate_up_proj, self.xn, self.y, self.bytes)
             yield Step(swiglu(1, Output(self.y, 1), out=self.h, room=n), 1)
             return
         for first in range(0, self.max_tokens, n):
             xn, h = self.xn.window(first, n, c.dim), self.h.window(first, n, c.hidden_dim)
-            for step in layer.gate_up_proj.matmul(xn, self.y, self.bytes):
+            for step in matmul(layer.gate_up_proj, xn, self.y, self.bytes):
                 yield step.window(first, n)
             yield Step(swiglu(1, Output(self.y, 1), out=h, room=n), 1, first, n)
 

@@ -15,6 +15,7 @@ import numpy as np
 from engine.kernel import Dispatch
 from engine.plan import Plan
 from model.activations import Activations, Output
+from model.gpu_matmul import decoded_bytes, few_splits, matmul
 from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK, half_padded
 
@@ -102,7 +103,7 @@ class Rows:
         self.logits = output("logits", model.lm_head)
         self._bytes = prompt and prompt.bytes
         if prompt and n > self.matvec_rows:
-            decoded = min(_BYTES, max(matrix.n_bytes for matrix in layer.matrices))
+            decoded = min(_BYTES, max(map(decoded_bytes, layer.matrices)))
             if decoded > prompt.bytes.size:
                 self._bytes = device.empty("batch.bytes", decoded)
         self._plans: dict[int, Plan] = {}
@@ -183,14 +184,14 @@ class Rows:
             yield from matrix.matvec(x, self._output(y, n), tokens=n, digits=m.digits)
         else:
             splits, few = self._splits(matrix, n), n <= _FEW_ROWS
-            for step in matrix.matmul(x, y.buffer, self._bytes, splits=splits, few=few):
+            for step in matmul(matrix, x, y.buffer, self._bytes, splits=splits, few=few):
                 yield step.of(n)
 
     def _splits(self, matrix: GpuMatrix, n: int) -> int:
         """Of a product of n rows; what reads it adds them up, but nothing does of the head's."""
         if n <= self.matvec_rows:
             return matrix.splits
-        return 1 if matrix is self._model.lm_head else matrix.few_splits()
+        return 1 if matrix is self._model.lm_head else few_splits(matrix)
 
     def _tokens(self, n: int) -> int:
         """That a split of such a product has room for."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from codec.matrix import CodedMatrix, encode_matrix
+from codec.matrix import CodedMatrix, decode_matrix, encode_matrix
 from codec.scale import ZERO
 from engine.device import Device
 from engine.kernel import Kernels
@@ -70,6 +70,19 @@ def read_activations(
     scale = device.read(a.scale, np.float32, (tokens, n_blocks, 2)).astype(np.float64)
     x = sum(d[:, i] / 254.0**i for i in range(digits)) * np.repeat(scale[..., 0], 32, axis=1)
     return {"x": x[:, :cols], "padding": x[:, cols:], "scale": scale[..., 0], "sum": scale[..., 1]}
+
+
+def product_error(m: CodedMatrix, x: np.ndarray, n_blocks: int) -> np.ndarray:
+    """How far off products of m with x may be, in float32.
+
+    Integer dots are exact. Each block adds its dot and the offset that symbols are counted from,
+    which may be as large as 128 * 2^raw_bits steps; then blocks, outliers and the scale: n_blocks +
+    8 roundings of such terms.
+    """
+    scale = m.scale.astype(np.float64)
+    symbols = np.abs(decode_matrix(m)) - 2 * (m.min_symbol << m.raw_bits)
+    error: np.ndarray = (n_blocks + 8) * F32 * (np.abs(x) @ (symbols * scale[:, None]).T)
+    return error
 
 
 def check_quantized(

@@ -19,7 +19,6 @@ from engine.errors import EngineError
 from engine.generate import Engine
 from engine.sampler import Sampling
 from model.config import ModelConfig
-from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK
 from model.reference import Reference, sampling_scores
 from weights.convert import CalibrationText, convert
@@ -154,7 +153,7 @@ def test_many_rows_go_through_bytes(
     """More rows than a matvec takes: the products of prompts, whose sums are in another order, and
     here in three parts, as they would be of larger matrices.
     """
-    monkeypatch.setattr(GpuMatrix, "few_splits", lambda _: 3)
+    monkeypatch.setattr("model.rows.few_splits", lambda _: 3)
     engine = build("gpu")
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 97, 3).tolist() for _ in range(18)]

@@ -29,6 +29,7 @@ from engine.plan import Plan, run
 from model import prompt, reference
 from model.activations import Activations
 from model.gpu_layout import far_outliers
+from model.gpu_matmul import decoded_bytes, matmul
 from model.gpu_matrix import GpuMatrix
 from model.kv_cache import BLOCK, KINDS
 from model.llama import rope_table
@@ -41,7 +42,7 @@ FAR = [(65, 575, 4.0, 12), (60, 600, 150.0, 11)]  # as MATRICES: outliers that d
 def steps_of(
     gpu: GpuMatrix, x: Activations, y: Any, bytes_: Any, tokens: int, **options: Any
 ) -> Plan:
-    return Plan([step.of(tokens) for step in gpu.matmul(x, y, bytes_, **options)])
+    return Plan([step.of(tokens) for step in matmul(gpu, x, y, bytes_, **options)])
 
 
 def matmul_activations(
@@ -83,7 +84,7 @@ def test_matmul(
     gpu = GpuMatrix(kernels, "w", m)
     room = 128  # whole tiles
     a, x = matmul_activations(rng, device, room, m.cols)
-    bytes_ = device.empty("bytes", gpu.n_bytes)
+    bytes_ = device.empty("bytes", decoded_bytes(gpu))
     y = device.upload("y", np.full((room, m.rows), np.nan, np.float32))
     run(device, steps_of(gpu, a, y, bytes_, tokens))
     q = decode_matrix(m)
@@ -119,7 +120,7 @@ def test_matmul_piece_by_piece_equals_whole(
     """Of a matrix in several bindings, and of one decoded 128 rows at a time."""
     device = kernels.device
     monkeypatch.setattr(device, "software", False)
-    monkeypatch.setattr("model.gpu_matrix._LARGE_PRODUCT_ROWS", 128)
+    monkeypatch.setattr("model.gpu_matmul._LARGE_PRODUCT_ROWS", 128)
     m = coded(rng, 400, 331, 3.0, 12)
     assert m.n_classes > 1
     a, _ = digit_activations(rng, device, 64, 1, m.cols)
@@ -128,7 +129,7 @@ def test_matmul_piece_by_piece_equals_whole(
         if small and limits == "parts":
             monkeypatch.setattr(device, "max_binding_bytes", 40_000)
         gpu = GpuMatrix(kernels, "w", m)
-        n_bytes = gpu.n_bytes // 4 if small and limits == "bytes" else gpu.n_bytes
+        n_bytes = decoded_bytes(gpu) // 4 if small and limits == "bytes" else decoded_bytes(gpu)
         monkeypatch.setattr(device, "max_binding_bytes", 1 << 27)
         bytes_, y = device.empty("bytes", n_bytes), device.empty("y", 4 * 64 * m.rows)
         plan = steps_of(gpu, a, y, bytes_, 64)
@@ -179,7 +180,7 @@ def test_matmul_of_whole_numbers_is_exact(
     a = Activations(device.upload("digits", x), device.upload("scale", scale))
     assert far_outliers(m).size > rows + 1
     whole = -(-tokens // (32 if few else 64)) * (32 if few else 64)  # in tiles
-    bytes_ = device.empty("bytes", int(room * gpu.n_bytes))
+    bytes_ = device.empty("bytes", int(room * decoded_bytes(gpu)))
     y = device.upload("y", np.full((splits, whole, rows), np.nan, np.float32))
     plan = steps_of(gpu, a, y, bytes_, tokens, splits=splits, few=few)
     assert len(plan.dispatches) == launches
