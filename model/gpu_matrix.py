@@ -69,6 +69,10 @@ _MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for 
 _SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
 _OTHER_BYTES = 1024  # of workgroup memory that it needs besides
 
+# Workgroup memory that a multiprocessor has for all of its workgroups, of which each costs some
+# more, and lanes that must have room there: an H100's, as its driver has it.
+_RESIDENT_BYTES, _GROUP_BYTES, _RESIDENT_LANES = 48 << 10, 1024, 1024
+
 _SOFTWARE_LANES = 8  # of a workgroup of matvec_rows
 _ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
 _SOFTWARE_TOKENS = 8  # of a lane of matmul_rows
@@ -166,9 +170,6 @@ class GpuMatrix:
         if self.whole_rows:  # as much as matvec_rows declares
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
         self.table = device.upload(f"{name}.table", tables, STORAGE | UNIFORM)
-        # Twice a large table would take all of a multiprocessor's room for workgroups.
-        room = device.workgroup_memory - 4 * _MAX_GROUP_LANES - _OTHER_BYTES
-        self._copies = 2 if 2 * self.n_states <= min(_MAX_TABLE, room // 4) else 1
         self.outliers = device.upload(f"{name}.outliers", m.outliers)
         self._order = classes.device_order(m.classes)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
@@ -261,16 +262,20 @@ class GpuMatrix:
             **self._raw_bits,
         )
 
-    @property
-    def _table(self) -> dict[str, int]:
-        """Overrides of shaders/shared/table.wgsl."""
-        return dict(copies=self._copies, table_pairs=self._copies * self.n_states // 2)
+    def _table(self, lanes: int, other_bytes: int = 0) -> dict[str, int]:
+        """Overrides of shaders/shared/table.wgsl, for workgroups that need so much other memory:
+        two copies unless they leave room for too few of them.
+        """
+        group_bytes = 8 * self.n_states + other_bytes + _OTHER_BYTES
+        resident = _RESIDENT_BYTES // (group_bytes + _GROUP_BYTES) * lanes
+        fits = group_bytes <= self.kernels.device.workgroup_memory
+        copies = 2 if fits and resident >= _RESIDENT_LANES else 1
+        return dict(copies=copies, table_pairs=copies * self.n_states // 2)
 
     def _segments(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
         lanes = TILE * self.segments_per_group
-        taken = 4 * self._copies * self.n_states + _OTHER_BYTES
-        room = self.kernels.device.workgroup_memory - taken
+        room = self.kernels.device.workgroup_memory - 4 * self.n_states - _OTHER_BYTES
         # Of all tokens at once compilers make slow loops (H100: 152 instead of 92 us for 8).
         most = max(1, min(_SUMS_AT_ONCE, tokens // 2, room // (4 * lanes)))
         at_once = min(self.segments_per_group, most)
@@ -327,10 +332,11 @@ class GpuMatrix:
         eps: float | None = None,
         then: Then | None = None,
     ) -> Iterator[Dispatch]:
-        """y[split, t] = the split's share of W x[t]; and, for one token, what comes `then`.
+        """y[split, t] = the split's share of W x[t]; and, of one token on a software adapter, what
+        comes `then`.
 
-        `eps`: x comes from such a norm, which has left its factor to this matvec. A matrix that
-        `makes_input` also takes a residual, of which x is the norm, or gate | up, of which x =
+        `eps`: of the norm that x comes from, which has left its factor to this matvec. A matrix
+        that `makes_input` also takes a residual, of which x is the norm, or gate | up, of which x =
         silu(gate) * up.
         """
         overrides = dict(tokens=tokens, **self._stream, **self._overrides)
@@ -352,29 +358,30 @@ class GpuMatrix:
             name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
         if not self.floats:
             overrides["digits"] = digits
-        made = not isinstance(x, Activations)
-        if made:
-            overrides["split_blocks"] = self._split_blocks
+        made_bytes = 0
+        if not isinstance(x, Activations):
+            overrides |= dict(split_blocks=self._split_blocks, lanes=lanes)
+            # Three arrays of a word a lane, and the input.
+            made_bytes = 12 * lanes + self._split_blocks * (BLOCK * digits + 8)
         if self.whole_rows:
             name, tile, lanes = f"{name}_rows", _SOFTWARE_LANES * _ROWS_PER_LANE, _SOFTWARE_LANES
         else:
-            overrides |= self._table | self._segments(tokens)
+            overrides |= self._segments(tokens)
+            overrides |= self._table(lanes, 4 * overrides["partials"] + made_bytes)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(
                 rows=part.rows, y_rows=self.rows, n_blocks=self.n_blocks, n_segments=self.n_segments
             )
             after: dict[str, Any] = {}
-            if not self.floats:
+            if not self.whole_rows:
+                params["rows_padded"] = part.rows_padded
+            elif isinstance(x, Activations) and not self.floats:
+                after["squares"] = x.squares or x.scale
+            if isinstance(x, Residual) or after:
                 params |= dict(norm_dim=0 if eps is None else self.cols, norm_eps=eps or 0.0)
             if isinstance(x, Output):
                 params["cols"] = self.cols
-            if isinstance(x, Activations) and not self.floats:
-                after["squares"] = x.squares or x.scale
-            if not self.whole_rows:
-                params["rows_padded"] = part.rows_padded
-            if made or then:
-                overrides["lanes"] = lanes
             if not then:
                 kernel = self.kernels.get(name, *variants, **overrides)
             else:
@@ -383,6 +390,7 @@ class GpuMatrix:
                     *variants,
                     gated=then.gated,
                     splits=y.splits,
+                    lanes=lanes,
                     **overrides,
                 )
                 params["dim"] = then.dim
@@ -476,7 +484,8 @@ class GpuMatrix:
             kernel = self.kernels.get("decode_rows", **overrides)
             return kernel.dispatch([-(-piece.rows // _SOFTWARE_LANES)], params, **buffers)
         group = self.segments_per_group
-        overrides |= self._table | dict(segments_per_group=group, lanes=TILE * group)
+        overrides |= self._table(TILE * group)
+        overrides |= dict(segments_per_group=group, lanes=TILE * group)
         params |= dict(rows_padded=part.rows_padded, segment_begin=begin, segment_end=end)
         kernel = self.kernels.get("decode_tile", **overrides)
         return kernel.dispatch(
@@ -543,8 +552,8 @@ class GpuMatrix:
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
-        lanes = dict(lanes=32 if self.whole_rows else 256)
-        only = {} if self.floats else lanes | self._table
+        lanes = 32 if self.whole_rows else 256
+        only = {} if self.floats else dict(lanes=lanes, **self._table(lanes))
         kernel = self.kernels.get(name, **self._stream, **self._overrides, **only)
         for part in self.parts:
             yield kernel.dispatch(

@@ -107,10 +107,11 @@ class Llama:
         # (Mesa 22.3) lost 0.4 MB a launch.
         self.lanes = 8 if device.software else 512 if c.dim >= 2048 else 256
         self.attention_cut = cut = AttentionCut.of(c, device)
-        # Attention may finish a head by itself, a matvec of one token do what comes after it.
+        # Attention may finish a head by itself; and on a CPU a matvec of one token do what comes
+        # after it. On a GPU that takes workgroup memory and registers, and saves nothing.
         self.finishes_heads = c.head_dim % 32 == 0 and (device.fences or cut.n_splits == 1)
         self.finishes_heads &= cut.overrides["lanes"] >= c.head_dim // 4
-        self._fused = device.fences and self.digits != FLOAT
+        self._fused = device.software and device.fences and self.digits != FLOAT
         # Small matrices make their inputs themselves.
         first = self.blocks[0]
         self._makes_norms = all(
@@ -249,8 +250,7 @@ class Llama:
                 xn = Residual(self.x_out, self.o, norm, self.x)
             elif not fused:
                 yield do.rms_norm(tokens, self.o, norm, **self._normed)
-            # On a GPU it is longer about the counts of so many rows than a launch takes.
-            then = self._then_swiglu() if fused and self.device.software else None
+            then = self._then_swiglu() if fused else None
             yield from layer.gate_up_proj.matvec(xn, self.gate_up, **n, eps=eps, then=then)
             h: Activations | Output = self.h
             if tokens == 1 and self._makes_h:

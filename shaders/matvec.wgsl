@@ -12,10 +12,7 @@
 //#import sums
 //#import digits
 //#import input
-//#import input_ready
 //#import dot
-//#import squares
-//#import norm_factor
 //#import segments
 //#import product
 
@@ -26,8 +23,6 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,
   offset: f32,
-  norm_dim: u32,
-  norm_eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -36,9 +31,10 @@ struct Params {
 @group(0) @binding(4) var<storage, read> table: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> outliers: array<u32>;
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;  // (splits, tokens, y_rows)
-@group(0) @binding(9) var<storage, read> squares: array<vec4<f32>>;
 
 fn store_y(i: u32, value: f32) { y[i] = value; }
+
+fn product_scale(row: Row) -> f32 { return row_scale(row); }
 
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(workgroup_id) group: vec3<u32>) {

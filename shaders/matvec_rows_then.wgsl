@@ -1,4 +1,5 @@
-// matvec_then for software adapters: matvec_rows for one token, and what comes next.
+// matvec_rows for one token, and what comes next as its rows are there: with `gated` SwiGLU, else the residual and the next
+// norm. One launch instead of two.
 
 //#import state
 //#import funnel

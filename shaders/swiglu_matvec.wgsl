@@ -15,7 +15,6 @@
 //#import input_made
 //#import input_gated
 //#import dot
-//#import norm_factor
 //#import segments
 //#import product
 
@@ -26,8 +25,6 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,
   offset: f32,
-  norm_dim: u32,
-  norm_eps: f32,
   cols: u32,  // hidden_dim
 }
 
@@ -40,6 +37,8 @@ struct Params {
 @group(0) @binding(7) var<storage, read_write> y: array<f32>;  // (splits, y_rows)
 
 fn store_y(i: u32, value: f32) { y[i] = value; }
+
+fn product_scale(row: Row) -> f32 { return row_scale(row); }
 
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(local_invocation_index) lane: u32,

@@ -117,13 +117,15 @@ def test_a_process_that_is_ended_is_an_error() -> None:
 
 
 ENDLESS = """
-import os, time
+import os, signal, sys, time
 from weights import parallel
 
 def work(item):
     os.write(1, b"+")
     time.sleep(60)
 
+if sys.argv[1] == "fork":
+    os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGINT))
 parallel._WORTH_PROCESSES = 1
 try:
     list(parallel.in_processes(work, [1, 2, 3], size=int))
@@ -134,9 +136,9 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core needs no processes")
-@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
-def test_ctrl_c_waits_for_no_process(to_all: bool) -> None:
-    command = [sys.executable, "-c", ENDLESS]
+@pytest.mark.parametrize("how", ["terminal", "kill", "fork"])
+def test_ctrl_c_waits_for_no_process(how: str) -> None:
+    command = [sys.executable, "-c", ENDLESS, how]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -145,6 +147,7 @@ def test_ctrl_c_waits_for_no_process(to_all: bool) -> None:
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
-        assert run.stdout is not None and run.stdout.read(1) == "+"
-        (os.killpg if to_all else os.kill)(run.pid, signal.SIGINT)
+        if how != "fork":
+            assert run.stdout is not None and run.stdout.read(1) == "+"
+            (os.killpg if how == "terminal" else os.kill)(run.pid, signal.SIGINT)
         assert run.communicate(timeout=20)[0].lstrip("+") == "stopped\n"

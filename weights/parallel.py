@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from engine.errors import EngineError
+from engine.interrupt import uninterrupted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -158,7 +159,9 @@ def _in_order(
                         yield waiting.popleft().result()
                     else:
                         wait(worked_on, return_when=FIRST_COMPLETED)
-                future = pool.submit(function, item)
+                # Within a fork Python's own hooks would take Ctrl-C, and say that they ignore it.
+                with uninterrupted():
+                    future = pool.submit(function, item)
                 waiting.append(future)
                 sizes[future] = own
             while waiting:

@@ -9,3 +9,7 @@ const INPUT_OF_SPLIT = false;
 fn input_blocks() -> u32 { return params.n_blocks; }
 fn input_block(block: u32) -> u32 { return block; }
 fn block_scale(i: u32) -> vec2<f32> { return in_scale[i]; }
+
+// Nothing to make: see input_made.wgsl.
+fn begin_input(split: u32, lane: u32) -> vec4<f32> { return vec4<f32>(0.0); }
+fn end_input(v: vec4<f32>, lane: u32) {}

@@ -6,6 +6,7 @@
 override added_splits: u32;  // of y; 0: nothing is added
 
 var<workgroup> lane_squares: array<f32, lanes>;
+var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
 var<private> leaves_x: bool;  // whether this is the workgroup that fills x_out
 
 // The split's quads first, the others by the lanes after these.
@@ -25,11 +26,18 @@ fn made4(lane: u32, quad: u32) -> vec4<f32> {
   return v;
 }
 
-// To be called after segment_product.
+// To be called after segment_product; a barrier later product_scale may be.
 fn share_squares(lane: u32) {
   if (lane < 32u) {
     var sum = 0.0;
     for (var i = lane; i < lanes; i += 32u) { sum += lane_squares[i]; }
     shares[lane / 4u][lane % 4u] = sum;
   }
+}
+
+// The row's scale and the norm's factor.
+fn product_scale(row: Row) -> f32 {
+  var sums = vec4<f32>(0.0);
+  for (var i = 0u; i < 8u; i++) { sums += shares[i]; }
+  return row_scale(row) * norm_factor(dot(sums, vec4<f32>(1.0)));
 }

@@ -1,11 +1,9 @@
 // A workgroup's share of W x: lane = row of a 32-row tile, workgroup row = column segment.
-// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl, norm_factor.wgsl; and
-// input_ready.wgsl, or input_made.wgsl with what tells it of what.
+// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl; and input.wgsl, or
+// input_made.wgsl with what tells it of what.
 
-var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
-
-// The row's segment times every token, the row's scale and the norm's factor apart; `tile` and `split` are the workgroup's, `local` the lane's
-// (row of the tile, segment of the workgroup).
+// The row's segment times every token, the row's scale apart; `tile` and `split` are the workgroup's, `local` the lane's (row of
+// the tile, segment of the workgroup).
 fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   let lane = 32u * local.y + local.x;
   let segment = split * segments_per_group + local.y;
@@ -49,11 +47,4 @@ fn in_split(column: u32, split: u32) -> bool {
   let block = column / 32u;
   let segment = split * segments_per_group;
   return block >= first_block(segment) && block < first_block(segment + segments_per_group);
-}
-
-// The row's scale and the norm's factor.
-fn product_scale(row: Row) -> f32 {
-  var sums = vec4<f32>(0.0);
-  for (var i = 0u; i < 8u; i++) { sums += shares[i]; }
-  return row_scale(row) * norm_factor(dot(sums, vec4<f32>(1.0)));
 }
