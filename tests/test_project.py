@@ -22,7 +22,14 @@ FOLDERS = sorted({package.split(".")[0] for package in PACKAGES})
 # First-party imports that each part may have: dependencies point one way.
 MAY_IMPORT = {
     "codec": ["codec"],
-    "weights": ["weights", "codec", "model.config", "engine.errors", "engine.tokenizer"],
+    "weights": [
+        "weights",
+        "codec",
+        "model.config",
+        "engine.errors",
+        "engine.interrupt",
+        "engine.tokenizer",
+    ],
     "weights/calibration": [
         "weights",
         "codec",
