@@ -35,6 +35,7 @@ Array = npt.NDArray[np.float32]
 # Weights of a matrix that is worth several cores, and rows of a part, whatever the number of cores:
 # the integers are the same then. Shorter operations take longer a weight.
 _LARGE, _PART = 1 << 22, 256
+_FEW_CORES = 4
 
 
 class Quantizer(Protocol):
@@ -153,8 +154,12 @@ class InTurn:
 
     def quantize(self, matrix: layout.Matrix, products: Array, hessian: Array) -> Array:
         """See weights/calibration/in_turn.py. OSError: the folder cannot be written."""
-        # Nothing else is done meanwhile.
-        with threadpool_limits(os.cpu_count() or 1, "blas"):
+        # Nothing else is done meanwhile; but more than a few cores would wait for each other where
+        # a matrix is small.
+        cores = os.cpu_count() or 1
+        if matrix.rows * matrix.cols < _LARGE:
+            cores = min(cores, _FEW_CORES)
+        with threadpool_limits(cores, "blas"):
             q, scale, w = self._whitened.moved(
                 matrix, self._constants[matrix.name], products, hessian
             )
