@@ -90,7 +90,7 @@ class Kernel:
         self.device = device
         self.name = name
         self.overrides = overrides
-        self._variants = variants
+        self.variants = variants
         self._constants = dict(constants or {})
         self._of_constants: dict[tuple[tuple[str, int | float], ...], Kernel] = {}
         params = _PARAMS.search(code)
@@ -153,7 +153,7 @@ class Kernel:
         if constants and self.device.constants:
             key = tuple(constants.items())
             if key not in self._of_constants:
-                kernel = Kernel(self.device, self.name, self._variants, constants, **self.overrides)
+                kernel = Kernel(self.device, self.name, self.variants, constants, **self.overrides)
                 self._of_constants[key] = kernel
             return self._of_constants[key].dispatch(workgroups, params, **buffers)
         params = {**self._constants, **(constants or {}), **(params or {})}

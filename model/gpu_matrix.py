@@ -200,15 +200,14 @@ class GpuMatrix:
             run(device, Plan([dispatch]))
         return part
 
-    def table_overrides(self, lanes: int, other_bytes: int = 0) -> dict[str, int]:
-        """Overrides of shaders/shared/table.wgsl, for workgroups that need so much other memory:
-        two copies unless they leave room for too few of them.
+    def table_variants(self, lanes: int, other_bytes: int = 0) -> list[str]:
+        """Of shaders/shared/table.wgsl, for workgroups that need so much other memory: twice
+        unless that leaves room for too few of them.
         """
         group_bytes = 8 * self.n_states + other_bytes + _OTHER_BYTES
         resident = _RESIDENT_BYTES // (group_bytes + _GROUP_BYTES) * lanes
         fits = group_bytes <= self.kernels.device.workgroup_memory
-        copies = 2 if fits and resident >= _RESIDENT_LANES else 1
-        return dict(copies=copies, table_pairs=copies * self.n_states // 2)
+        return ["twice"] if fits and resident >= _RESIDENT_LANES else []
 
     def _segment_overrides(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
@@ -282,7 +281,7 @@ class GpuMatrix:
         silu(gate) * up.
         """
         overrides = dict(tokens=tokens, **self.stream_overrides, **self._overrides)
-        variants = []
+        variants: list[str] = []
         tile, lanes = TILE, TILE * self.segments_per_group
         activations: dict[str, Any]
         if isinstance(x, Residual):
@@ -309,7 +308,7 @@ class GpuMatrix:
             name, tile, lanes = f"{name}_rows", SOFTWARE_LANES * ROWS_PER_LANE, SOFTWARE_LANES
         else:
             overrides |= self._segment_overrides(tokens)
-            overrides |= self.table_overrides(lanes, 4 * overrides["partials"] + made_bytes)
+            variants += self.table_variants(lanes, 4 * overrides["partials"] + made_bytes)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(
@@ -365,9 +364,8 @@ class GpuMatrix:
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
-        lanes = 32 if self.whole_rows else 256
-        only = {} if self.floats else dict(lanes=lanes, **self.table_overrides(lanes))
-        kernel = self.kernels.get(name, **self.stream_overrides, **self._overrides, **only)
+        lanes = {} if self.floats else dict(lanes=32 if self.whole_rows else 256)
+        kernel = self.kernels.get(name, **self.stream_overrides, **self._overrides, **lanes)
         for part in self.parts:
             yield kernel.dispatch(
                 [1, tokens],

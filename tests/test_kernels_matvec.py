@@ -64,8 +64,13 @@ def test_matvec(
 
 
 @pytest.mark.parametrize(
-    ("log2_states", "n_segments", "memory", "copies"),
-    [(11, 16, 1 << 15, 2), (11, 9, 1 << 15, 1), (12, 16, 1 << 15, 1), (11, 16, 19000, 1)],
+    ("log2_states", "n_segments", "memory", "twice"),
+    [
+        (11, 16, 1 << 15, True),
+        (11, 9, 1 << 15, False),
+        (12, 16, 1 << 15, False),
+        (11, 16, 19000, False),
+    ],
 )
 def test_tables_stand_twice_where_they_leave_room_for_workgroups(
     kernels: Kernels,
@@ -75,7 +80,7 @@ def test_tables_stand_twice_where_they_leave_room_for_workgroups(
     log2_states: int,
     n_segments: int,
     memory: int,
-    copies: int,
+    twice: bool,
 ) -> None:
     monkeypatch.setattr(kernels.device, "software", False)
     monkeypatch.setattr(kernels.device, "workgroup_memory", memory)
@@ -84,7 +89,7 @@ def test_tables_stand_twice_where_they_leave_room_for_workgroups(
     a, x = digit_activations(rng, kernels.device, 1, 1, m.cols)
     y = gpu.output("y", 1)
     (dispatch,) = gpu.matvec(a, y, tokens=1, digits=1)
-    assert dispatch.kernel.overrides["copies"] == copies
+    assert dispatch.kernel.variants == ("twice",) * twice
     run(kernels.device, Plan([dispatch]))
     got = kernels.device.read(y.buffer, np.float32, (1, m.rows))
     want = x @ dequantize(m).astype(np.float64).T
