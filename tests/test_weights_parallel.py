@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -38,6 +40,18 @@ def test_in_order_keeps_to_its_budget(budget: int) -> None:
     assert found == [-size for size in sizes]
     if budget:
         assert all(together <= max(budget, alone) for together, alone in overlaps)
+
+
+def test_results_that_were_taken_are_not_kept() -> None:
+    class Result:
+        pass
+
+    results = in_order(lambda _: Result(), range(40), 2, size=lambda _: 1, budget=3)
+    taken = [weakref.ref(next(results)) for _ in range(30)]
+    gc.collect()
+    # The last ones may still be known to who waits for their successors.
+    assert not any(result() for result in taken[:20])
+    assert len(list(results)) == 10
 
 
 def test_a_large_item_ahead_holds_up_no_others() -> None:

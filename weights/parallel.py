@@ -144,28 +144,25 @@ def _in_order(
 ) -> Iterator[R]:
     """`end` makes an end of what has begun."""
     with executor as pool:
-        waiting: deque[Future[R]] = deque()
-        sizes: dict[Future[R], int] = {}
+        waiting: deque[tuple[Future[R], int]] = deque()
         try:
             for item in items:
                 own = 0 if size is None else size(item)
                 while waiting:
-                    worked_on = [future for future in waiting if not future.done()]
-                    load = sum(sizes[future] for future in worked_on)
+                    worked_on = [each for each in waiting if not each[0].done()]
+                    load = sum(of_item for _, of_item in worked_on)
                     fits = budget == 0 or load == 0 or load + own <= budget
                     if fits and len(waiting) <= most_waiting:
                         break
-                    if len(waiting) > most_waiting or waiting[0].done():
-                        yield waiting.popleft().result()
+                    if len(waiting) > most_waiting or waiting[0][0].done():
+                        yield waiting.popleft()[0].result()
                     else:
-                        wait(worked_on, return_when=FIRST_COMPLETED)
+                        wait([future for future, _ in worked_on], return_when=FIRST_COMPLETED)
                 # Within a fork Python's own hooks would take Ctrl-C, and say that they ignore it.
                 with uninterrupted():
-                    future = pool.submit(function, item)
-                waiting.append(future)
-                sizes[future] = own
+                    waiting.append((pool.submit(function, item), own))
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         except BaseException:  # Ctrl-C too, and whoever wants no more: nothing is worth waiting for
             end()
             pool.shutdown(wait=True, cancel_futures=True)
