@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from divergence import kl
 from tiny_model import CONFIG, random_tensors, tokenizer_json
 
 from codec.scale import to_scale
@@ -20,7 +21,6 @@ from weights import convert as command
 from weights import layout
 from weights.calibration import calibrate, in_turn
 from weights.calibration.in_turn import quantize_in_turn
-from weights.calibration.sample import softmax
 from weights.convert import CalibrationText, convert
 from weights.quantizers import InTurn, Whitened, read_fused
 from weights.sources import LazyTensor, Source
@@ -206,17 +206,6 @@ def test_moved_matrix_is_nearer_to_what_is_asked(tmp_path: Path, assert_close: A
         before = np.einsum("rc,cd,rd->", change, hessian, change)
         # Damping leaves (0.3 / 1.3)^2 of it, or less, where inputs are independent.
         assert left < 0.1 * before
-
-
-def kl(file: Path, source: Source) -> float:
-    """KL(source || file), mean over some texts."""
-    model = Reference.from_weights(WeightsFile.open(file), cache_dtype=np.float32)
-    truth = Reference.from_source(source, cache_dtype=np.float32)
-    found = []
-    for text in np.random.default_rng(6).integers(0, source.config.vocab_size, (6, 40)):
-        p, q = (softmax(m.logits(text).astype(np.float64)) for m in (truth, model))
-        found.append(np.sum(p * (np.log(p) - np.log(q)), axis=-1).mean())
-    return float(np.mean(found))
 
 
 def test_conversion_in_turn_is_nearer_to_its_source_and_goes_on_after_a_stop(

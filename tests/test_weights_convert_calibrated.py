@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from divergence import kl
 from tiny_model import CONFIG, random_tensors, write_hf_folder
 
 from codec.matrix import decode_matrix
 from engine.errors import WeightsError
 from model.config import ModelConfig
-from model.reference import Reference
 from weights import convert as command
 from weights import layout
 from weights.calibration import calibration as calibrating
-from weights.calibration.sample import softmax
 from weights.convert import CalibrationText, convert
 from weights.rates import LEAST_EMBED_BITS
 from weights.sources import LazyTensor, Source, open_source
@@ -56,17 +55,6 @@ def lively(config: ModelConfig, seed: int = 0) -> dict[str, Array]:
 
 def source_of(folder: Path, config: ModelConfig, tensors: dict[str, Array]) -> Source:
     return open_source(write_hf_folder(folder / "tiny", config, tensors))
-
-
-def kl(file: Path, source: Source) -> float:
-    """KL(source || file), mean over some texts."""
-    model = Reference.from_weights(WeightsFile.open(file), cache_dtype=np.float32)
-    truth = Reference.from_source(source, cache_dtype=np.float32)
-    found = []
-    for text in np.random.default_rng(6).integers(0, source.config.vocab_size, (6, 40)):
-        p, q = (softmax(m.logits(text).astype(np.float64)) for m in (truth, model))
-        found.append(np.sum(p * (np.log(p) - np.log(q)), axis=-1).mean())
-    return float(np.mean(found))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
