@@ -112,7 +112,7 @@ class Llama:
         self.finishes_heads = c.head_dim % 32 == 0 and (device.fences or cut.n_splits == 1)
         self.finishes_heads &= cut.overrides["lanes"] >= c.head_dim // 4
         self._fused = device.software and device.fences and self.digits != FLOAT
-        # Small matrices make their inputs themselves.
+        # Small matrices make their inputs themselves, on GPUs alone.
         first = self.blocks[0]
         self._makes_norms = all(
             matrix.makes_input(self.digits, all_columns=True)
@@ -219,7 +219,7 @@ class Llama:
         n: dict[str, Any] = {"tokens": tokens, "digits": self.digits}
         do = self.operations
         made = self._makes_norms and tokens == 1
-        fused = self._fused and tokens == 1 and not made
+        fused = self._fused and tokens == 1
         eps = self.config.norm_eps if fused or made else None
         norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
         before = Output(self.down.buffer, 0)
@@ -271,7 +271,7 @@ class Llama:
         return dict(partial=self.partial, out=self.attn, n_splits=self.attention_cut.n_splits)
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
-        fused = self._fused and pass_tokens == 1 and not self._makes_norms
+        fused = self._fused and pass_tokens == 1
         if not fused:
             last = tokens < pass_tokens
             yield self.operations.rms_norm(
