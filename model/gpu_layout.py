@@ -26,15 +26,29 @@ _CHUNK_WORDS = CHUNK_BITS // 32
 Rows = npt.NDArray[np.int64]  # by their numbers, in the order in which they shall lie
 
 
-def row_info(m: CodedMatrix, rows: Rows, bits: Rows, places: Rows) -> npt.NDArray[np.uint32]:
+def row_info(
+    m: CodedMatrix, rows: Rows, bits: Rows, places: Rows, first_outlier: Rows
+) -> npt.NDArray[np.uint32]:
     """struct Row of some rows (rows, 4): their streams start at `bits`, `places` is for `place`."""
     info = np.empty((rows.size, 4), np.uint32)
     info[:, 0] = bits
     classes = m.classes[rows].astype(np.int64)
     info[:, 1] = places | classes << 28 | (classes < m.n_narrow).astype(np.int64) << 31
-    info[:, 2] = m.outlier_offsets[rows]
+    info[:, 2] = first_outlier
     info[:, 3] = m.scale_log2[rows].astype(np.int64) - scale.ZERO << 16 | m.outlier_counts[rows]
     return info
+
+
+def ordered_outliers(
+    m: CodedMatrix, order: Rows
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """The outliers of all rows in this order, so that those of a tile lie together, and where each
+    row's begin (rows,).
+    """
+    counts = m.outlier_counts[order].astype(np.int64)
+    first = np.cumsum(counts) - counts
+    moved = np.repeat(m.outlier_offsets[order].astype(np.int64) - first, counts)
+    return m.outliers[moved + np.arange(moved.size)], first
 
 
 def far_outliers(m: CodedMatrix) -> npt.NDArray[np.uint32]:

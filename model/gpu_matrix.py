@@ -38,6 +38,7 @@ from model.gpu_layout import (
     far_outliers,
     guard_bytes,
     interleaved_streams,
+    ordered_outliers,
     padded_rows,
     row_chunks,
     row_info,
@@ -147,8 +148,9 @@ class GpuMatrix:
         if self.whole_rows:  # as much as matvec_rows declares
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
         self.table = device.upload(f"{name}.table", tables, STORAGE | UNIFORM)
-        self.outliers = device.upload(f"{name}.outliers", m.outliers)
         self._order = classes.device_order(m.classes)
+        outliers, self._first_outlier = ordered_outliers(m, self._order)
+        self.outliers = device.upload(f"{name}.outliers", outliers)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         ranges = row_ranges(m, floats, device.max_binding_bytes)
         self.parts = [self._upload(m, floats, *ends) for ends in ranges]
@@ -167,10 +169,11 @@ class GpuMatrix:
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
         numbers = self._order[begin:end]
+        first = self._first_outlier[begin:end]
         words, bits = interleaved_streams(m, numbers)
-        self._by_number[numbers] = row_info(m, numbers, bits, np.arange(begin, end))
+        self._by_number[numbers] = row_info(m, numbers, bits, np.arange(begin, end), first)
         info = np.zeros((padded, 4), np.uint32)
-        info[:rows] = row_info(m, numbers, bits, numbers)
+        info[:rows] = row_info(m, numbers, bits, numbers, first)
         entries = np.zeros((self.n_segments, padded), np.uint32)
         entries[0, :rows] = m.states[numbers]
         label = f"{self.name}[{begin}:{end}]"
@@ -297,6 +300,9 @@ class GpuMatrix:
             if self.whole_rows and (few := x.uniform(tokens * digits * self.n_blocks)):
                 variants, x = ["uniform"], few
             name, activations = "matvec", dict(in_digits=x.digits, in_scale=x.scale)
+            if eps is not None and not self.whole_rows:
+                variants = ["squares"]
+                activations["squares"] = x.squares
         if not self.floats:
             overrides["digits"] = digits
         made_bytes = 0
@@ -319,10 +325,10 @@ class GpuMatrix:
                 params["rows_padded"] = part.rows_padded
             elif isinstance(x, Activations) and not self.floats:
                 after["squares"] = x.squares or x.scale
-            if isinstance(x, Residual) or after:
-                params |= dict(norm_dim=0 if eps is None else self.cols, norm_eps=eps or 0.0)
             if isinstance(x, Output):
                 params["cols"] = self.cols
+            elif not self.floats:
+                params |= dict(norm_dim=0 if eps is None else self.cols, norm_eps=eps or 0.0)
             if not then:
                 kernel = self.kernels.get(name, *variants, **overrides)
             else:

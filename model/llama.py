@@ -119,6 +119,8 @@ class Llama:
             for matrix in (first.qkv_proj, first.gate_up_proj)
         )
         self._makes_h = first.down_proj.makes_input(self.digits)
+        # On GPUs norms of one token, where they are launches, leave their factor to the matvec.
+        self._shares_norms = not device.software and self.digits != FLOAT and c.dim % 4 == 0
         self.operations = Operations(self)
         n, d = MAX_TOKENS, self.digits
         self.state = device.empty("state", 4 * (4 + n))
@@ -220,7 +222,8 @@ class Llama:
         do = self.operations
         made = self._makes_norms and tokens == 1
         fused = self._fused and tokens == 1
-        eps = self.config.norm_eps if fused or made else None
+        shared = self._shares_norms and tokens == 1 and not made
+        eps = self.config.norm_eps if fused or made or shared else None
         norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
         before = Output(self.down.buffer, 0)
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
@@ -229,9 +232,9 @@ class Llama:
             if made:
                 xn = Residual(self.x, before, norms[i], self.x_out)
             elif i == 0 or not fused:
-                yield do.rms_norm(tokens, before, norms[i], **self._normed)
+                yield self._norm(tokens, before, norms[i])
             before = self.down
-            has_factor = i == 0 and not made
+            has_factor = i == 0 and fused
             yield from layer.qkv_proj.matvec(xn, self.qkv, **n, eps=None if has_factor else eps)
             qkv = self.qkv
             if self.qkv_heads is not None:
@@ -249,7 +252,7 @@ class Llama:
             if made:
                 xn = Residual(self.x_out, self.o, norm, self.x)
             elif not fused:
-                yield do.rms_norm(tokens, self.o, norm, **self._normed)
+                yield self._norm(tokens, self.o, norm)
             then = self._then_swiglu() if fused else None
             yield from layer.gate_up_proj.matvec(xn, self.gate_up, **n, eps=eps, then=then)
             h: Activations | Output = self.h
@@ -270,19 +273,24 @@ class Llama:
         """Likewise attention."""
         return dict(partial=self.partial, out=self.attn, n_splits=self.attention_cut.n_splits)
 
+    def _norm(self, tokens: int, y: Output, weight: Any) -> Dispatch:
+        """A launch of its own: where it `_shares_norms` and there is one token without the factor."""
+        if self._shares_norms and tokens == 1:
+            return self.operations.norm_shares(y, weight, x=self.x, out=self.xn)
+        return self.operations.rms_norm(tokens, y, weight, **self._normed)
+
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
-        fused = self._fused and pass_tokens == 1
-        if not fused:
+        one = pass_tokens == 1
+        if one and not self._fused:
+            yield self._norm(1, self.down, self.norm)
+        elif not one:
             last = tokens < pass_tokens
             yield self.operations.rms_norm(
                 tokens, self.down, self.norm, room=pass_tokens, last=last, **self._normed
             )
+        eps = self.config.norm_eps if one and (self._fused or self._shares_norms) else None
         yield from self.lm_head.matvec(
-            self.xn,
-            self.logits,
-            tokens=tokens,
-            digits=self.digits,
-            eps=self.config.norm_eps if fused else None,
+            self.xn, self.logits, tokens=tokens, digits=self.digits, eps=eps
         )
 
     def _then_norm(self, weight: Any) -> Then:

@@ -16,6 +16,8 @@ from model.kv_cache import half_padded
 if TYPE_CHECKING:
     from model.llama import Llama
 
+NORM_LANES = 64  # of norm_shares
+
 
 class AttentionCut(NamedTuple):
     """How attention to a cache is cut up: its kernel, workgroups of a token and split, most splits,
@@ -89,6 +91,22 @@ class Operations:
             x=x,
             x_digits=out.digits,
             x_scale=out.scale,
+        )
+
+    def norm_shares(self, y: Output, weight: Any, *, x: Any, out: Activations) -> Dispatch:
+        """rms_norm of one token whose factor is left to the matvec that reads `out`."""
+        dim = self._config.dim
+        kernel = self._kernels.get(
+            "norm_shares", lanes=NORM_LANES, digits=self._model.digits, dim=dim, splits=y.splits
+        )
+        return kernel.dispatch(
+            [-(-(-(-dim // 32) * 8) // NORM_LANES)],
+            y=y.buffer,
+            weight=weight,
+            x=x,
+            x_digits=out.digits,
+            x_scale=out.scale,
+            squares=out.squares,
         )
 
     def qkv_heads(

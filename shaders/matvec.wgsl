@@ -12,6 +12,7 @@
 //#import sums
 //#import digits
 //#import input
+//#import norm_factor
 //#import dot
 //#import segments
 //#import product
@@ -23,6 +24,8 @@ struct Params {
   n_blocks: u32,
   n_segments: u32,
   offset: f32,
+  norm_dim: u32,
+  norm_eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -34,7 +37,7 @@ struct Params {
 
 fn store_y(i: u32, value: f32) { y[i] = value; }
 
-fn product_scale(row: Row) -> f32 { return row_scale(row); }
+fn product_scale(row: Row) -> f32 { return row_scale(row) * input_factor(); }
 
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(workgroup_id) group: vec3<u32>) {

@@ -1,5 +1,5 @@
-// What a matvec multiplies, in memory: all columns. In its place input_made.wgsl makes them; and on software adapters
-// input_uniform.wgsl takes it, where there are few enough.
+// What a matvec multiplies, in memory: all columns. In its place input_made.wgsl makes them, input_squares.wgsl takes them from a norm
+// that has left its factor; and on software adapters input_uniform.wgsl takes them, where there are few enough.
 
 const INPUT_OF_SPLIT = false;
 
@@ -13,3 +13,5 @@ fn block_scale(i: u32) -> vec2<f32> { return in_scale[i]; }
 // Nothing to make: see input_made.wgsl.
 fn begin_input(split: u32, lane: u32) -> vec4<f32> { return vec4<f32>(0.0); }
 fn end_input(v: vec4<f32>, lane: u32) {}
+
+fn input_factor() -> f32 { return 1.0; }

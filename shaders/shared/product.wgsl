@@ -22,14 +22,28 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   // The row's segments share its outliers, wherever these are; or those of the workgroup, if it knows no other input.
   let end_k = end_outlier(row);
   let step = select(params.n_segments, segments_per_group, INPUT_OF_SPLIT);
-  for (var k = row.first_outlier + select(segment, local.y, INPUT_OF_SPLIT); k < end_k; k += step) {
-    let outlier = outliers[k];
-    if (INPUT_OF_SPLIT && !in_split(outlier_column(outlier), split)) { continue; }
+  var k = row.first_outlier + select(segment, local.y, INPUT_OF_SPLIT);
+  // Four at once in heavy rows, as they come from far away.
+  for (; k + 3u * step < end_k; k += 4u * step) {
+    let four = vec4<u32>(outliers[k], outliers[k + step], outliers[k + 2u * step], outliers[k + 3u * step]);
     for (var t = 0u; t < tokens; t++) {
-      sums[t] += outlier_value(outlier, row_raw_bits(row)) * activation(t, outlier_column(outlier));
+      let a = outlier_product(four.x, t, split, row) + outlier_product(four.y, t, split, row);
+      let b = outlier_product(four.z, t, split, row) + outlier_product(four.w, t, split, row);
+      sums[t] += a + b;
     }
   }
+  for (; k < end_k; k += step) {
+    let outlier = outliers[k];
+    for (var t = 0u; t < tokens; t++) { sums[t] += outlier_product(outlier, t, split, row); }
+  }
   return sums;
+}
+
+// What an outlier of the row adds, in units of the row's scale; nothing if it is another split's to add.
+fn outlier_product(outlier: u32, token: u32, split: u32, row: Row) -> f32 {
+  let column = outlier_column(outlier);
+  if (INPUT_OF_SPLIT && !in_split(column, split)) { return 0.0; }
+  return outlier_value(outlier, row_raw_bits(row)) * activation(token, column);
 }
 
 fn add_blocks(sums: ptr<function, Sums>, s: ptr<function, Stream>, segment: u32, raw: u32) {
