@@ -119,7 +119,7 @@ class Llama:
             for matrix in (first.qkv_proj, first.gate_up_proj)
         )
         self._makes_h = first.down_proj.makes_input(self.digits)
-        # On GPUs norms of one token, where they are launches, leave their factor to the matvec.
+        # Norms that are launches leave their factor to the matvec, of one token on GPUs.
         self._shares_norms = not device.software and self.digits != FLOAT and c.dim % 4 == 0
         self.operations = Operations(self)
         n, d = MAX_TOKENS, self.digits
@@ -222,8 +222,7 @@ class Llama:
         do = self.operations
         made = self._makes_norms and tokens == 1
         fused = self._fused and tokens == 1
-        shared = self._shares_norms and tokens == 1 and not made
-        eps = self.config.norm_eps if fused or made or shared else None
+        eps = self._eps(tokens)
         norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
         before = Output(self.down.buffer, 0)
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
@@ -273,24 +272,32 @@ class Llama:
         """Likewise attention."""
         return dict(partial=self.partial, out=self.attn, n_splits=self.attention_cut.n_splits)
 
-    def _norm(self, tokens: int, y: Output, weight: Any) -> Dispatch:
-        """A launch of its own: where it `_shares_norms` and there is one token without the factor."""
-        if self._shares_norms and tokens == 1:
+    def _norm(
+        self, pass_tokens: int, y: Output, weight: Any, tokens: int | None = None
+    ) -> Dispatch:
+        """A launch of its own, of all of a pass's tokens or the last one."""
+        if pass_tokens == 1 and self._shares_norms:
             return self.operations.norm_shares(y, weight, x=self.x, out=self.xn)
-        return self.operations.rms_norm(tokens, y, weight, **self._normed)
+        tokens = tokens or pass_tokens
+        last = tokens < pass_tokens
+        return self.operations.rms_norm(
+            tokens, y, weight, room=pass_tokens, last=last, **self._normed
+        )
+
+    def _eps(self, pass_tokens: int) -> float | None:
+        """Of norms, where these leave their factor to the matvec that follows."""
+        left = pass_tokens == 1 and (self._fused or self._shares_norms)
+        return self.config.norm_eps if left else None
 
     def _head(self, pass_tokens: int, tokens: int) -> Iterator[Dispatch]:
-        one = pass_tokens == 1
-        if one and not self._fused:
-            yield self._norm(1, self.down, self.norm)
-        elif not one:
-            last = tokens < pass_tokens
-            yield self.operations.rms_norm(
-                tokens, self.down, self.norm, room=pass_tokens, last=last, **self._normed
-            )
-        eps = self.config.norm_eps if one and (self._fused or self._shares_norms) else None
+        if not self._fused or pass_tokens > 1:
+            yield self._norm(pass_tokens, self.down, self.norm, tokens)
         yield from self.lm_head.matvec(
-            self.xn, self.logits, tokens=tokens, digits=self.digits, eps=eps
+            self.xn,
+            self.logits,
+            tokens=tokens,
+            digits=self.digits,
+            eps=self._eps(pass_tokens),
         )
 
     def _then_norm(self, weight: Any) -> Then:

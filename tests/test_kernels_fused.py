@@ -89,13 +89,57 @@ def test_a_matvec_does_what_comes_then(
         check_quantized(assert_close, got, want, digits, error)
 
 
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("dim", [40, 576, 1004])
+@pytest.mark.parametrize("splits", [0, 3])
+def test_a_norm_leaves_its_factor(
+    kernels: Kernels,
+    rng: np.random.Generator,
+    assert_close: Callable[..., None],
+    dim: int,
+    digits: int,
+    splits: int,
+) -> None:
+    device, lanes = kernels.device, 64
+    x0 = rng.normal(size=dim).astype(np.float32)
+    y = rng.normal(size=(max(1, splits), dim)).astype(np.float32)
+    weight = rng.normal(1, 0.3, dim).astype(np.float32)
+    x, out = device.upload("x", x0), Activations.empty(device, "xn", 1, digits, dim)
+    dispatch = kernels.get(
+        "norm_shares", lanes=lanes, digits=digits, dim=dim, splits=splits
+    ).dispatch(
+        [-(-dim // (4 * lanes))],
+        y=device.upload("y", y),
+        weight=device.upload("weight", weight),
+        x=x,
+        x_digits=out.digits,
+        x_scale=out.scale,
+        squares=out.squares,
+    )
+    run(device, Plan([dispatch]))
+    sums = x0.astype(np.float64) + y[:splits].astype(np.float64).sum(axis=0)
+    rounding = splits * F32 * (np.abs(x0) + np.abs(y[:splits]).sum(axis=0))
+    assert_close(device.read(x, np.float32, (dim,)), sums, rounding)
+    n_blocks = -(-dim // 32)
+    padded = np.zeros((n_blocks, 32))
+    padded.ravel()[:dim] = sums
+    # Of 32 squares each has one rounding of its own and up to 32 on the way, and twice x's.
+    off = 34 * F32 * (padded**2).sum(axis=1) + 2.1 * (np.abs(sums) * rounding).max() * 32
+    assert_close(device.read(out.squares, np.float32, (n_blocks,)), (padded**2).sum(axis=1), off)
+    got = read_activations(device, out, 1, digits, dim)
+    want = (sums * weight)[None]
+    check_quantized(assert_close, got, want, digits, rounding * np.abs(weight) + F32 * np.abs(want))
+
+
+@pytest.mark.parametrize("software", [True, False])
 def test_a_matvec_multiplies_by_a_norms_factor(
     kernels: Kernels,
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
     assert_close: Callable[..., None],
+    software: bool,
 ) -> None:
-    monkeypatch.setattr(kernels.device, "software", True)
+    monkeypatch.setattr(kernels.device, "software", software)
     device, eps = kernels.device, 0.3
     m = coded(rng, 70, 4900, 2.5, 11)  # more blocks than lanes look for squares
     gpu = GpuMatrix(kernels, "w", m)
@@ -112,16 +156,19 @@ def test_a_matvec_multiplies_by_a_norms_factor(
 
 
 # (rows, cols, n_segments, largest weight): parts of blocks, two splits of 15 and 16 blocks, weights
-# small enough for no outliers.
-MAKERS = [(70, 332, 6, 99), (33, 972, 24, 99), (65, 620, 20, 4)]
+# small enough for no outliers, a row with hundreds of them.
+MAKERS = [(70, 332, 6, 99), (33, 972, 24, 99), (65, 620, 20, 4), (45, 972, 24, 999)]
 
 
 def maker(
     kernels: Kernels, rng: np.random.Generator, rows: int, cols: int, n_segments: int, most: int
 ) -> tuple[CodedMatrix, GpuMatrix]:
     q = np.round(rng.laplace(size=(rows, cols)) * 2.5).clip(-most, most).astype(np.int32)
+    if most == 999:
+        q[37, ::2] = rng.integers(500, most, cols // 2)
     m = encode_matrix(q, rng.integers(-60, -20, rows).astype(np.int16), 11)
     assert (m.outliers.size == 0) == (most == 4)
+    assert (m.outlier_counts.max() > 400) == (most == 999)
     gpu = GpuMatrix(kernels, "w", m, n_segments=n_segments)
     assert gpu.splits == -(-n_segments // 16)
     return m, gpu
