@@ -57,6 +57,9 @@ _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocesso
 
 _MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for a norm
 
+_SHARED_OUTLIERS = 256, 1024, 4096  # of a tile
+_MOST_SHARED = 16  # of a lane
+
 _SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
 _OTHER_BYTES = 1024  # of workgroup memory that it needs besides
 
@@ -151,6 +154,11 @@ class GpuMatrix:
         self._order = classes.device_order(m.classes)
         outliers, self._first_outlier = ordered_outliers(m, self._order)
         self.outliers = device.upload(f"{name}.outliers", outliers)
+        self._shared_outliers = 0
+        if not self.whole_rows and not floats and m.outliers.size:
+            counts = m.outlier_counts[self._order]
+            heaviest = int(np.add.reduceat(counts, np.arange(0, m.rows, TILE)).max())
+            self._shared_outliers = self._most_shared(heaviest)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         ranges = row_ranges(m, floats, device.max_binding_bytes)
         self.parts = [self._upload(m, floats, *ends) for ends in ranges]
@@ -165,6 +173,19 @@ class GpuMatrix:
         # Full workgroups are worth more segments, if these are alike.
         full = -(-wanted // max_segments) * max_segments
         return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
+
+    def _most_shared(self, heaviest: int) -> int:
+        """Outliers of a tile that its lanes share (shaders/shared/product.wgsl): `heaviest` if they
+        can, of few sizes, as each is a kernel. Only where lanes do not fill the GPU: there they wait
+        for what comes from far away, elsewhere for each other's instructions.
+        """
+        lanes = TILE * self.segments_per_group
+        if padded_rows(self.rows) * self.n_segments >= _LANES_WANTED // 2:
+            return 0
+        used = 4 * self.n_states + 16 * lanes + self._split_blocks * (3 * BLOCK + 8) + _OTHER_BYTES
+        room = min(_MOST_SHARED * lanes, (self.kernels.device.workgroup_memory - used) // 4)
+        sizes = [size for size in _SHARED_OUTLIERS if size <= room]
+        return next((size for size in sizes if size >= heaviest), max(sizes, default=0))
 
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
@@ -314,7 +335,11 @@ class GpuMatrix:
             name, tile, lanes = f"{name}_rows", SOFTWARE_LANES * ROWS_PER_LANE, SOFTWARE_LANES
         else:
             overrides |= self._segment_overrides(tokens)
-            variants += self.table_variants(lanes, 4 * overrides["partials"] + made_bytes)
+            words = overrides["partials"]
+            if not self.floats:
+                overrides["shared_outliers"] = self._shared_outliers if tokens == 1 else 0
+                words += overrides["shared_outliers"]
+            variants += self.table_variants(lanes, 4 * words + made_bytes)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(

@@ -16,7 +16,7 @@ from model.kv_cache import half_padded
 if TYPE_CHECKING:
     from model.llama import Llama
 
-NORM_LANES = 64  # of norm_shares
+NORM_LANES = 128  # of norm_shares
 
 
 class AttentionCut(NamedTuple):

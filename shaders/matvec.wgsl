@@ -41,8 +41,10 @@ fn product_scale(row: Row) -> f32 { return row_scale(row) * input_factor(); }
 
 @compute @workgroup_size(32, segments_per_group)
 fn main(@builtin(local_invocation_id) local: vec3<u32>, @builtin(workgroup_id) group: vec3<u32>) {
-  let index = group.x * 32u + local.x;
+  // From the last tile on: in the last classes are the rows with most outliers, which a launch had better not end with.
+  let tile = params.rows_padded / 32u - 1u - group.x;
+  let index = tile * 32u + local.x;
   let row = row_info[index];
-  let sums = segment_product(group.x, group.y, local.xy, row);
+  let sums = segment_product(tile, group.y, local.xy, row);
   write_sums(sums, row, index, local.xy, group.y);
 }
