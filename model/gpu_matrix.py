@@ -176,8 +176,8 @@ class GpuMatrix:
 
     def _most_shared(self, heaviest: int) -> int:
         """Outliers of a tile that its lanes share (shaders/shared/product.wgsl): `heaviest` if they
-        can, of few sizes, as each is a kernel. Only where lanes do not fill the GPU: there they wait
-        for what comes from far away, elsewhere for each other's instructions.
+        can, of few sizes, as each is a kernel. Only where lanes do not fill the GPU: there they
+        wait for what comes from far away, elsewhere for each other's instructions.
         """
         lanes = TILE * self.segments_per_group
         if padded_rows(self.rows) * self.n_segments >= _LANES_WANTED // 2:

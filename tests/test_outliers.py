@@ -85,6 +85,34 @@ def test_no_outlier_is_lost(
 
 
 @pytest.mark.gpu
+def test_lanes_share_a_tiles_outliers_where_a_gpu_is_not_full(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few sizes, as many as there is room for."""
+    monkeypatch.setattr(kernels.device, "software", False)
+    monkeypatch.setattr(kernels.device, "workgroup_memory", 48 << 10)
+
+    def shared(n_outliers: int, tokens: int = 1, **options: int) -> int:
+        q = np.tile(np.int32([-1, 0, 1]), (64, 200))
+        q[33, :n_outliers] = 700  # of the second tile
+        m = encode_matrix(q, np.full(64, -48, np.int16), 11)
+        assert m.outliers.size == n_outliers
+        gpu = GpuMatrix(kernels, "w", m, **options)
+        x = Activations.empty(kernels.device, "x", tokens, 1, m.cols)
+        (dispatch,) = gpu.matvec(x, gpu.output("y", tokens), tokens=tokens, digits=1)
+        return int(dispatch.kernel.overrides["shared_outliers"])
+
+    assert [shared(n) for n in (0, 1, 256, 257)] == [0, 256, 256, 1024]
+    assert shared(257, tokens=2) == 0
+    assert shared(257, n_segments=1) == 256  # 16 a lane would be 512
+    assert shared(600, n_segments=16) == 1024
+    monkeypatch.setattr(kernels.device, "workgroup_memory", 20 << 10)  # 1 KiB of it left
+    assert shared(600, n_segments=16) == 256
+    monkeypatch.setattr("model.gpu_matrix._LANES_WANTED", 64)
+    assert shared(600) == 0
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("whole_rows", [True, False])
 def test_no_float_is_lost(
     kernels: Kernels,
