@@ -43,15 +43,11 @@ from model.gpu_layout import (
     row_info,
     row_ranges,
     tiled_fields,
+    wanted_segments,
 )
 
 _MAX_TABLE = 4096  # states of one table
 
-# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment, unless
-# there are more than a workgroup's.
-_LANES_WANTED = 1 << 17
-_MAX_SEGMENT_BLOCKS = 8
-_MIN_GROUP_SEGMENTS = 8  # fewer lanes are long about the table
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
 _MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for a norm
@@ -138,7 +134,7 @@ class GpuMatrix:
         self.segments_per_group = 1
         if not self.whole_rows:
             most = min(self.n_blocks, max_segments) if one_split else self.n_blocks
-            wanted = n_segments or self._wanted_segments(padded_rows(m.rows), max_segments)
+            wanted = n_segments or wanted_segments(m.rows, self.n_blocks, max_segments)
             wanted = min(wanted, most)
             self.splits = -(-wanted // max_segments)
             self.segments_per_group = wanted // self.splits
@@ -152,17 +148,6 @@ class GpuMatrix:
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         ranges = row_ranges(m, floats, device.max_binding_bytes)
         self.parts = [self._upload(m, floats, *ends) for ends in ranges]
-
-    def _wanted_segments(self, rows: int, max_segments: int) -> int:
-        """Of a row; a workgroup takes up to `max_segments`."""
-        long = -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
-        least = _MIN_GROUP_SEGMENTS
-        while self.n_blocks % least and least < max_segments:
-            least += 1
-        wanted = max(-(-_LANES_WANTED // rows), min(max(least, long), max_segments))
-        # Full workgroups are worth more segments, if these are alike.
-        full = -(-wanted // max_segments) * max_segments
-        return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
 
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
