@@ -349,8 +349,12 @@ class GpuMatrix:
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
-        lanes = {} if self.floats else dict(lanes=32 if self.whole_rows else 256)
-        kernel = self.kernels.get(name, **self.stream_overrides, **self._overrides, **lanes)
+        room = {}
+        if not self.floats:
+            groups = self.n_blocks * BLOCK // 16
+            room = dict(high_groups=groups, low_groups=groups if self.planes > 1 else 1)
+            room["lanes"] = 32 if self.whole_rows else 256
+        kernel = self.kernels.get(name, **self.stream_overrides, **self._overrides, **room)
         for part in self.parts:
             yield kernel.dispatch(
                 [1, tokens],
