@@ -18,7 +18,7 @@ from engine.plan import Plan
 RING = 64  # sampled tokens that the GPU holds until the host has read them
 STEPS = 16  # of a batch, likewise
 _LANES = 128
-_N_CANDIDATES = 32  # workgroups that share the vocabulary
+_N_CANDIDATES = 32, 128  # workgroups that share the vocabulary: on a CPU, on a GPU
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Sampler:
         draws = self.draws
         token = draws.kernels.get("sample_token", lanes=_LANES, rows=rows).dispatch(
             [1],
-            {"n_candidates": _N_CANDIDATES},
+            {"n_candidates": draws.n_candidates},
             candidates=draws.candidates,
             state=draws.state,
             sampled=self.sampled,
@@ -115,7 +115,7 @@ class BatchSampler:
         yield from draws.dispatches(rows)
         yield draws.kernels.get("sample_rows", lanes=_LANES, batched=True).dispatch(
             [rows],
-            {"n_candidates": _N_CANDIDATES, "rows": self.rows},
+            {"n_candidates": draws.n_candidates, "rows": self.rows},
             candidates=draws.candidates,
             state=draws.state,
             pass_rows=self._pass_rows,
@@ -143,7 +143,8 @@ class _Draws:
         self._logits, self._vocab_size, self._pass_rows = logits, vocab_size, pass_rows
         self.settings = device.empty(label, 16 if pass_rows is None else 16 * rows)
         self.threshold = device.empty(f"{label}.threshold", 4 * rows)
-        self.candidates = device.empty(f"{label}.candidates", 8 * _N_CANDIDATES * rows)
+        self.n_candidates = _N_CANDIDATES[not device.software]
+        self.candidates = device.empty(f"{label}.candidates", 8 * self.n_candidates * rows)
 
     def dispatches(self, rows: int) -> Iterator[Dispatch]:
         get, batched = self.kernels.get, self._pass_rows is not None
@@ -162,8 +163,8 @@ class _Draws:
             threshold=self.threshold,
         )
         yield get("sample_candidates", lanes=_LANES, rows=rows, batched=batched).dispatch(
-            [_N_CANDIDATES, rows],
-            {"n_candidates": _N_CANDIDATES, **vocab},
+            [self.n_candidates, rows],
+            {"n_candidates": self.n_candidates, **vocab},
             state=self.state,
             pass_rows=self._pass_rows if batched else self.state,  # else it is not read
             sampling=self.settings,

@@ -23,6 +23,13 @@ CHUNK_BITS = 128  # what stream_wide reads at a time
 
 _CHUNK_WORDS = CHUNK_BITS // 32
 
+# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment, unless
+# there are more than a workgroup's.
+_LANES_WANTED = 1 << 17
+_MAX_SEGMENT_BLOCKS = 8
+_MIN_GROUP_SEGMENTS = 8  # fewer lanes are long about the table
+_START_BLOCKS = 1.5  # of columns, that a workgroup could decode until it begins
+
 Rows = npt.NDArray[np.int64]  # by their numbers, in the order in which they shall lie
 
 
@@ -67,6 +74,32 @@ def far_outliers(m: CodedMatrix) -> npt.NDArray[np.uint32]:
 def padded_rows(rows: int) -> int:
     """Rows in whole tiles."""
     return -(-rows // TILE) * TILE
+
+
+def wanted_segments(rows: int, n_blocks: int, most: int) -> int:
+    """Into how many segments a row is cut, of which a workgroup takes up to `most`; maybe more than
+    it has blocks.
+    """
+    rows = padded_rows(rows)
+    least = _MIN_GROUP_SEGMENTS
+    while n_blocks % least and least < most:
+        least += 1
+    least = min(max(least, -(-n_blocks // _MAX_SEGMENT_BLOCKS)), most)
+    wanted = max(-(-_LANES_WANTED // rows), least)
+    # A workgroup waits for its longest segment, so alike ones are worth more lanes, or fewer; and
+    # of these full workgroups.
+    alike = [
+        n
+        for n in range(least, n_blocks + 1)
+        if n_blocks % n == 0 and n % -(-n // most) == 0 and 2 * wanted <= 3 * n <= 4.5 * wanted
+    ]
+    alike = [n for n in alike if n % most == 0] or alike
+
+    def blocks(n: int) -> float:
+        """Time of n segments, in that of a block of columns for all the lanes wanted."""
+        return max(1, n * rows / _LANES_WANTED) * (n_blocks // n + _START_BLOCKS)
+
+    return min(alike, key=blocks, default=wanted)
 
 
 def row_ranges(

@@ -44,21 +44,18 @@ from model.gpu_layout import (
     row_info,
     row_ranges,
     tiled_fields,
+    wanted_segments,
 )
 
 _MAX_TABLE = 4096  # states of one table
 
-# Lanes that fill a large GPU (an H100 holds 200k of this kernel), and the longest segment, unless
-# there are more than a workgroup's.
-_LANES_WANTED = 1 << 17
-_MAX_SEGMENT_BLOCKS = 8
-_MIN_GROUP_SEGMENTS = 8  # fewer lanes are long about the table
 _MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
 
 _MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for a norm
 
 _SHARED_OUTLIERS = 256, 1024, 4096  # of a tile
 _MOST_SHARED = 16  # of a lane
+_FULL_LANES = 1 << 16  # of a launch, from which on a large GPU does not wait, but computes
 
 _SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
 _OTHER_BYTES = 1024  # of workgroup memory that it needs besides
@@ -142,7 +139,7 @@ class GpuMatrix:
         self.segments_per_group = 1
         if not self.whole_rows:
             most = min(self.n_blocks, max_segments) if one_split else self.n_blocks
-            wanted = n_segments or self._wanted_segments(padded_rows(m.rows), max_segments)
+            wanted = n_segments or wanted_segments(m.rows, self.n_blocks, max_segments)
             wanted = min(wanted, most)
             self.splits = -(-wanted // max_segments)
             self.segments_per_group = wanted // self.splits
@@ -163,24 +160,13 @@ class GpuMatrix:
         ranges = row_ranges(m, floats, device.max_binding_bytes)
         self.parts = [self._upload(m, floats, *ends) for ends in ranges]
 
-    def _wanted_segments(self, rows: int, max_segments: int) -> int:
-        """Of a row; a workgroup takes up to `max_segments`."""
-        long = -(-self.n_blocks // _MAX_SEGMENT_BLOCKS)
-        least = _MIN_GROUP_SEGMENTS
-        while self.n_blocks % least and least < max_segments:
-            least += 1
-        wanted = max(-(-_LANES_WANTED // rows), min(max(least, long), max_segments))
-        # Full workgroups are worth more segments, if these are alike.
-        full = -(-wanted // max_segments) * max_segments
-        return full if 2 * full <= 3 * wanted and self.n_blocks % full == 0 else wanted
-
     def _most_shared(self, heaviest: int) -> int:
         """Outliers of a tile that its lanes share (shaders/shared/product.wgsl): `heaviest` if they
-        can, of few sizes, as each is a kernel. Only where lanes do not fill the GPU: there they
+        can, of few sizes, as each is a kernel. Only where lanes do not fill a GPU: there they
         wait for what comes from far away, elsewhere for each other's instructions.
         """
         lanes = TILE * self.segments_per_group
-        if padded_rows(self.rows) * self.n_segments >= _LANES_WANTED // 2:
+        if padded_rows(self.rows) * self.n_segments >= _FULL_LANES:
             return 0
         used = 4 * self.n_states + 16 * lanes + self._split_blocks * (3 * BLOCK + 8) + _OTHER_BYTES
         room = min(_MOST_SHARED * lanes, (self.kernels.device.workgroup_memory - used) // 4)
@@ -395,8 +381,12 @@ class GpuMatrix:
     def embed(self, state: Any, x: Any, *, tokens: int) -> Iterator[Dispatch]:
         """x[t] = row tokens[t] of the matrix."""
         name = "embed_float" if self.floats else "embed"
-        lanes = {} if self.floats else dict(lanes=32 if self.whole_rows else 256)
-        kernel = self.kernels.get(name, **self.stream_overrides, **self._overrides, **lanes)
+        room = {}
+        if not self.floats:
+            groups = self.n_blocks * BLOCK // 16
+            room = dict(high_groups=groups, low_groups=groups if self.planes > 1 else 1)
+            room["lanes"] = 32 if self.whole_rows else 256
+        kernel = self.kernels.get(name, **self.stream_overrides, **self._overrides, **room)
         for part in self.parts:
             yield kernel.dispatch(
                 [1, tokens],

@@ -1,6 +1,7 @@
 // x[t] = embed_tokens[tokens[t]]: one row of the coded matrix, decoded.
-// One workgroup a token: a lane decodes every lanes-th segment of the row. Dispatch: (1, tokens).
-// f32 out; a token outside rows [row_begin, row_begin + rows) belongs to another part of the matrix and is left alone.
+// One workgroup a token: a lane decodes every lanes-th segment of the row into workgroup memory, and then turns every lanes-th quad
+// of columns into f32. Dispatch: (1, tokens). A token outside rows [row_begin, row_begin + rows) belongs to another part of the
+// matrix and is left alone.
 
 //#import state
 //#import funnel
@@ -11,6 +12,8 @@
 //#import table
 
 override lanes: u32;
+override high_groups: u32;  // of 16 columns, in whole blocks
+override low_groups: u32;   // as many, or 1 where `low` is nothing
 
 struct Params {
   row_begin: u32,
@@ -30,14 +33,28 @@ struct Params {
 @group(0) @binding(6) var<storage, read> outliers: array<u32>;
 @group(0) @binding(7) var<storage, read_write> x: array<f32>;  // (tokens, cols)
 
-fn write_columns(s: ptr<function, Stream>, raw: u32, begin: u32, end: u32, first: u32, scale: f32) {
-  for (var column = begin; column < end; column += 16u) {
+var<workgroup> high: array<vec4<u32>, high_groups>;  // of the row's Weights
+var<workgroup> low: array<vec4<u32>, low_groups>;
+
+fn open_segment(row: Row, index: u32, segment: u32) -> Stream {
+  let entry = entries[min(segment, params.n_segments - 1u) * params.rows_padded + index];
+  return open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
+}
+
+fn decode_segment(s: ptr<function, Stream>, raw: u32, segment: u32) {
+  let end = 2u * first_block(segment + 1u);
+  for (var group = 2u * first_block(segment); group < end; group++) {
     let w = decode16(s, raw);
-    for (var k = 0u; k < 16u; k++) {  // known beforehand, so that no byte is looked for
-      let value = i32(weight_at(w, k)) + (params.offset >> (raw_bits - raw));
-      if (column + k < end) { x[first + column + k] = f32(value) * scale; }
-    }
+    high[group] = w.high;
+    if (high_shift() > 0u) { low[group] = w.low; }
   }
+}
+
+// Four columns in units of the row's scale, outliers apart.
+fn quad_at(quad: u32, raw: u32) -> vec4<f32> {
+  var w = vec4<i32>(unpack4xU8(high[quad / 4u][quad % 4u]));
+  if (high_shift() > 0u) { w = (w << vec4<u32>(high_shift())) + vec4<i32>(unpack4xU8(low[quad / 4u][quad % 4u])); }
+  return vec4<f32>(w + (params.offset >> (raw_bits - raw)));
 }
 
 @compute @workgroup_size(lanes)
@@ -45,25 +62,30 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let row = row_info[state.tokens[group.y]];
   let index = matrix_row(row) - params.row_begin;  // wraps far past rows below row_begin
   if (index >= params.rows) { return; }
-  let first = group.y * params.cols;
-  let scale = row_scale(row);
+  var s = open_segment(row, index, lane);  // on its way before the table
   load_table(lane, lanes, first_entry(row));
   for (var segment = lane; segment < params.n_segments; segment += lanes) {
-    let entry = entries[segment * params.rows_padded + index];
-    var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-    let begin = 32u * first_block(segment);
-    let end = min(32u * first_block(segment + 1u), params.cols);
+    if (segment >= lanes) { s = open_segment(row, index, segment); }
     if (is_narrow(row)) {
-      write_columns(&s, narrow_raw_bits, begin, end, first, scale);
+      decode_segment(&s, narrow_raw_bits, segment);
     } else {
-      write_columns(&s, raw_bits, begin, end, first, scale);
+      decode_segment(&s, raw_bits, segment);
     }
   }
-  storageBarrier();
   workgroupBarrier();
+  let raw = row_raw_bits(row);
   let end_k = end_outlier(row);
-  for (var k = row.first_outlier + lane; k < end_k; k += lanes) {
-    let outlier = outliers[k];
-    x[first + outlier_column(outlier)] += outlier_value(outlier, row_raw_bits(row)) * scale;
+  for (var quad = lane; quad < (params.cols + 3u) / 4u; quad += lanes) {
+    var v = quad_at(quad, raw);
+    for (var k = row.first_outlier; k < end_k; k++) {
+      let outlier = outliers[k];
+      let column = outlier_column(outlier);
+      let is_here = vec4<u32>(column) == vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u);
+      v += select(vec4<f32>(0.0), vec4<f32>(outlier_value(outlier, raw)), is_here);
+    }
+    v *= row_scale(row);
+    for (var i = 0u; i < 4u; i++) {
+      if (4u * quad + i < params.cols) { x[group.y * params.cols + 4u * quad + i] = v[i]; }
+    }
   }
 }

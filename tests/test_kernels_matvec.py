@@ -19,6 +19,7 @@ from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model import reference
 from model.activations import Activations
+from model.gpu_layout import BLOCK, wanted_segments
 from model.gpu_matrix import GpuMatrix
 from model.llama import MAX_TOKENS
 from model.rows import MATVEC_ROWS
@@ -280,3 +281,21 @@ def test_embed_in_parts_equals_whole(
         results.append(kernels.device.read(x, np.float32, (MAX_TOKENS, m.cols)))
     assert parts[0] == 1 and parts[1] > 2
     assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "segments"),
+    [
+        (28672, 4096, 16),  # of 8 blocks, enough lanes
+        (4096, 4096, 32),
+        (4096, 14336, 32),
+        (3072, 2048, 32),  # 43 would fill the GPU, but some would have twice as many blocks
+        (3072, 8192, 64),
+        (49152, 576, 9),  # no fewer than 8
+        (960, 576, 137),  # of 18 blocks: one each
+        (896, 4864, 147),  # 152 = 8 x 19 blocks have no alike segments that fill workgroups
+        (4096, 11008, 32),
+    ],
+)
+def test_segments_of_a_row_are_alike_where_they_can_be(rows: int, cols: int, segments: int) -> None:
+    assert wanted_segments(rows, -(-cols // BLOCK), 16) == segments

@@ -108,7 +108,7 @@ def test_lanes_share_a_tiles_outliers_where_a_gpu_is_not_full(
     assert shared(600, n_segments=16) == 1024
     monkeypatch.setattr(kernels.device, "workgroup_memory", 20 << 10)  # 1 KiB of it left
     assert shared(600, n_segments=16) == 256
-    monkeypatch.setattr("model.gpu_matrix._LANES_WANTED", 64)
+    monkeypatch.setattr("model.gpu_matrix._FULL_LANES", 64)
     assert shared(600) == 0
 
 

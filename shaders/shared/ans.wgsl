@@ -55,12 +55,6 @@ struct Weights {
 
 fn high_shift() -> u32 { return select(0u, raw_bits, raw_bits > 2u); }
 
-fn weight_at(w: Weights, column: u32) -> u32 {  // without min_symbol
-  let shift = (column & 3u) * 8u;
-  let high = (w.high[column >> 2u] >> shift) & 255u;
-  return (high << high_shift()) + ((w.low[column >> 2u] >> shift) & 255u);
-}
-
 // Most bits between two refills, at most 128.
 fn most_bits() -> u32 {
   let of_eight = 8u * raw_bits + 8u / group_size * max_nbits();
