@@ -16,6 +16,7 @@ from model.kv_cache import half_padded
 if TYPE_CHECKING:
     from model.llama import Llama
 
+_NORM_MOST_LANES = 1024  # of rms_norm on a GPU
 NORM_LANES = 128  # of norm_shares
 
 
@@ -79,8 +80,11 @@ class Operations:
         token alone.
         """
         c, m = self._config, self._model
+        lanes = m.lanes
+        if not m.device.software:  # a quad each, if there are so many
+            lanes = min(m.device.max_workgroup_lanes, -(-c.dim // 128) * 32, _NORM_MOST_LANES)
         kernel = self._kernels.get(
-            "rms_norm", lanes=m.lanes, digits=m.digits, dim=c.dim, splits=y.splits
+            "rms_norm", lanes=lanes, digits=m.digits, dim=c.dim, splits=y.splits
         )
         return kernel.dispatch(
             [1, tokens],

@@ -41,15 +41,20 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let token = select(group.y, state.n_tokens - 1u, params.last != 0u);
   let first = token * dim;
   let n_blocks = (dim + 31u) / 32u;
+  let once = n_blocks * 8u <= lanes;  // a lane has one quad at most: it keeps it, and loads all it needs at once
+  var kept = vec4<f32>(0.0);
   var sum = 0.0;
   for (var quad = lane; quad < n_blocks * 8u; quad += lanes) {
     let columns = columns_of(quad, dim);
     let at = vec4<u32>(first) + columns;
     let v = vec4<f32>(x[at.x], x[at.y], x[at.z], x[at.w]) + y_sum4(token, columns);
+    var w = vec4<f32>(0.0);
+    if (once) { w = vec4<f32>(weight[columns.x], weight[columns.y], weight[columns.z], weight[columns.w]); }
     for (var k = 0u; k < 4u; k++) {
       if (4u * quad + k < dim) {
         x[at[k]] = v[k];
         sum += v[k] * v[k];
+        kept[k] = v[k] * w[k];
       }
     }
   }
@@ -65,10 +70,10 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
   let inverse = inverseSqrt(dot(sums, vec4<f32>(1.0)) / f32(dim) + params.eps);
   for (var start = 0u; start < n_blocks * 8u; start += lanes) {
     let quad = start + lane;
-    var v = vec4<f32>(0.0);
+    var v = kept * inverse;
     for (var k = 0u; k < 4u; k++) {
       let i = 4u * quad + k;
-      if (i < dim) { v[k] = x[first + i] * inverse * weight[i]; }
+      if (!once && i < dim) { v[k] = x[first + i] * inverse * weight[i]; }
     }
     quantize4(v, lane, group.y, quad, n_blocks);
   }
