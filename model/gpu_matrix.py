@@ -161,7 +161,7 @@ class GpuMatrix:
         self.parts = [self._upload(m, floats, *ends) for ends in ranges]
 
     def _most_shared(self, heaviest: int) -> int:
-        """Outliers of a tile that its lanes share (shaders/shared/product.wgsl): `heaviest` if they
+        """Outliers of a tile that its lanes share (outliers_shared.wgsl): `heaviest`, if they
         can, of few sizes, as each is a kernel. Only where lanes do not fill a GPU: there they
         wait for what comes from far away, elsewhere for each other's instructions.
         """
@@ -322,9 +322,10 @@ class GpuMatrix:
         else:
             overrides |= self._segment_overrides(tokens)
             words = overrides["partials"]
-            if not self.floats:
-                overrides["shared_outliers"] = self._shared_outliers if tokens == 1 else 0
-                words += overrides["shared_outliers"]
+            if tokens == 1 and self._shared_outliers:
+                variants.append("shared")
+                overrides["shared_outliers"] = self._shared_outliers
+                words += self._shared_outliers
             variants += self.table_variants(lanes, 4 * words + made_bytes)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits

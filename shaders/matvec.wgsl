@@ -15,6 +15,7 @@
 //#import norm_factor
 //#import dot
 //#import segments
+//#import outliers
 //#import product
 
 struct Params {

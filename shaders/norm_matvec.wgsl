@@ -17,6 +17,7 @@
 //#import dot
 //#import norm_factor
 //#import segments
+//#import outliers
 //#import product
 
 struct Params {

@@ -16,6 +16,7 @@
 //#import input_gated
 //#import dot
 //#import segments
+//#import outliers
 //#import product
 
 struct Params {

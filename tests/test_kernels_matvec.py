@@ -90,7 +90,7 @@ def test_tables_stand_twice_where_they_leave_room_for_workgroups(
     a, x = digit_activations(rng, kernels.device, 1, 1, m.cols)
     y = gpu.output("y", 1)
     (dispatch,) = gpu.matvec(a, y, tokens=1, digits=1)
-    assert dispatch.kernel.variants == ("twice",) * twice
+    assert ("twice" in dispatch.kernel.variants) == twice
     run(kernels.device, Plan([dispatch]))
     got = kernels.device.read(y.buffer, np.float32, (1, m.rows))
     want = x @ dequantize(m).astype(np.float64).T

@@ -1,15 +1,6 @@
 // A workgroup's share of W x: lane = row of a 32-row tile, workgroup row = column segment.
-// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl; and input.wgsl, or
-// input_made.wgsl with what tells it of what.
-
-// Outliers of a tile that all lanes share, whichever rows they are of, so that none waits for one after another; 0: a row's are
-// left to the row's lanes. For one token; MOST_SHARED a lane at most.
-override shared_outliers: u32;
-override products_size: u32 = max(shared_outliers, 1u);
-
-const MOST_SHARED = 16u;
-
-var<workgroup> products: array<f32, products_size>;  // of shared outliers with what they multiply
+// Beside it stand ans.wgsl, stream.wgsl, matrix.wgsl, table.wgsl, sums.wgsl, dot.wgsl, segments.wgsl, outliers.wgsl; and
+// input.wgsl, or input_made.wgsl with what tells it of what.
 
 // The row's segment times every token, the row's scale apart; `tile` and `split` are the workgroup's, `local` the lane's (row of
 // the tile, segment of the workgroup).
@@ -20,12 +11,10 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
   let v = begin_input(split, lane);
   // The stream is on its way before the table, which all must wait for.
   var s = open_stream(row.bit, entry / n_states, entry & (n_states - 1u), 0u);
-  let first_row = row_info[tile * 32u];
-  let shared_end = min(end_outlier(row_info[min(tile * 32u + 31u, params.rows - 1u)]), first_row.first_outlier + shared_outliers);
-  let own = load_shared(lane, first_row.first_outlier, shared_end);
-  load_table(lane, 32u * segments_per_group, first_entry(first_row));
+  let own = begin_outliers(tile, lane);
+  load_table(lane, 32u * segments_per_group, first_entry(row_info[tile * 32u]));
   end_input(v, lane);
-  multiply_shared(own, lane, split, first_row, shared_end);
+  end_outliers(own, tile, split, lane);
   var sums = Sums();
   if (is_narrow(row)) {
     add_blocks(&sums, &s, segment, narrow_raw_bits);
@@ -33,42 +22,15 @@ fn segment_product(tile: u32, split: u32, local: vec2<u32>, row: Row) -> Sums {
     add_blocks(&sums, &s, segment, raw_bits);
   }
   // The row's segments share its outliers, wherever these are; or those of the workgroup, if it knows no other input.
+  let n_sharing = select(params.n_segments, segments_per_group, INPUT_OF_SPLIT);
+  let place = select(segment, local.y, INPUT_OF_SPLIT);
+  add_shared(&sums, own, row, place, n_sharing);
   let end_k = end_outlier(row);
-  let step = select(params.n_segments, segments_per_group, INPUT_OF_SPLIT);
-  var k = row.first_outlier + select(segment, local.y, INPUT_OF_SPLIT);
-  if (shared_outliers > 0u) {
-    workgroupBarrier();
-    for (; k < min(end_k, shared_end); k += step) { sums[0] += products[k - first_row.first_outlier]; }
-  }
-  for (; k < end_k; k += step) {
+  for (var k = first_alone(own, row) + place; k < end_k; k += n_sharing) {
     let outlier = outliers[k];
     for (var t = 0u; t < tokens; t++) { sums[t] += outlier_product(outlier, t, split, row); }
   }
   return sums;
-}
-
-// The lane's share of the tile's outliers from `first` on, every n_lanes-th: all on their way before the first has come.
-fn load_shared(lane: u32, first: u32, end: u32) -> array<u32, MOST_SHARED> {
-  let n_lanes = 32u * segments_per_group;
-  var own: array<u32, MOST_SHARED>;
-  for (var i = 0u; i < MOST_SHARED; i++) {
-    if (i * n_lanes < shared_outliers) {
-      let k = first + i * n_lanes + lane;
-      if (k < end) { own[i] = outliers[k]; }
-    }
-  }
-  return own;
-}
-
-// A barrier later they are in `products`. A tile's rows have as many raw bits as its first.
-fn multiply_shared(own: array<u32, MOST_SHARED>, lane: u32, split: u32, first_row: Row, end: u32) {
-  let n_lanes = 32u * segments_per_group;
-  for (var i = 0u; i < MOST_SHARED; i++) {
-    if (i * n_lanes < shared_outliers) {
-      let at = i * n_lanes + lane;
-      if (first_row.first_outlier + at < end) { products[at] = outlier_product(own[i], 0u, split, first_row); }
-    }
-  }
 }
 
 // What an outlier of the row adds, the row's scale apart; nothing if it is another split's to add.
