@@ -53,7 +53,7 @@ class Activations:
 
     def uniform(self, blocks: int) -> Activations | None:
         """The first blocks in uniform memory, if they can be read there."""
-        if blocks > UNIFORM_BLOCKS or not self.digits.usage & UNIFORM:
+        if blocks > UNIFORM_BLOCKS or self.digits.usage & UNIFORM != UNIFORM:
             return None
         digits = self.digits, 0, UNIFORM_BLOCKS * BLOCK
         return replace(self, digits=digits, scale=(self.scale, 0, UNIFORM_BLOCKS * 8))
