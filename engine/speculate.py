@@ -9,6 +9,7 @@ with the noise of both draws the same, becomes this comparison.)
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
@@ -238,23 +239,27 @@ class Policy:
         if self.credit < self._SPARE_CREDIT:
             brought = self._CREDIT_PER_STEP * n_steps
             self.credit = min(self._SPARE_CREDIT, self.credit + brought)
-        most, least_seconds = self._best_steps()
+        most, step_seconds = self._step()
         if n_steps == most:
             self._resuming = False
         elif self._resuming:  # short submits are slow; without the check there would be none
-            self.credit -= max(0.0, seconds / least_seconds - n_steps)
+            self.credit -= max(0.0, seconds / step_seconds - n_steps)
 
     def checked(self, draft: Draft, n_tokens: int, seconds: float) -> None:
         """A check yielded `n_tokens`, at least the one that a step does."""
         costs = self._costs.setdefault(draft, deque(maxlen=8))
-        costs.append(seconds / self._best_steps()[1])
+        costs.append(seconds / self._step()[1])
         self.credit = min(self._MAX_CREDIT, self.credit + n_tokens - self._cost(draft))
         self._resuming = True
 
-    def _best_steps(self) -> tuple[int, float]:
-        """The most steps of a submit, and the least seconds that one of so many has taken."""
+    def _step(self) -> tuple[int, float]:
+        """The most steps of a submit, and the seconds that one of so many takes.
+
+        The median: a host that is held up sees one submit late and the next, which has been at work
+        meanwhile, after next to no time.
+        """
         most = max(n for n, _ in self._steps)
-        return most, min(seconds / n for n, seconds in self._steps if n == most)
+        return most, statistics.median(seconds / n for n, seconds in self._steps if n == most)
 
     def _cost(self, draft: Draft) -> float:
         costs = self._costs.get(draft, ())

@@ -142,6 +142,15 @@ def test_one_slow_check_does_not_end_speculation() -> None:
     assert policy.choose({LOOKUP: [0.99] * 7}, 100) == Draft(LOOKUP, 8)
 
 
+def test_a_submit_that_the_host_saw_late_does_not_discredit_checks() -> None:
+    policy = Policy((4, 8))
+    for seconds in (4.0, 4.0, 7.9, 0.1, 4.0):  # the fourth was at work while the third was late
+        policy.stepped(4, seconds)
+    for _ in range(2):
+        policy.checked(Draft(LOOKUP, 8), 8, 1.6)
+    assert policy.choose({LOOKUP: [0.95] * 7}, 100) == Draft(LOOKUP, 8)
+
+
 def test_a_draft_fits_what_is_wanted_and_what_there_is() -> None:
     policy = Policy((4, 8))
     assert policy.choose({LOOKUP: [0.99] * 7}, 100) is None  # no step has been timed
