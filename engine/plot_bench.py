@@ -114,7 +114,7 @@ def _draw_profile(axes: Axes, run: Run) -> None:
     whole = step["microseconds_per_token"]
     names = [_launches(row) for row in rows]
     times = [row["microseconds_per_token"] for row in rows]
-    kinds = ["decode weights" if row["kernel"].startswith("matvec") else "others" for row in rows]
+    kinds = ["decode weights" if "matvec" in row["kernel"] else "others" for row in rows]
     for kind, color in (("decode weights", OURS), ("others", OTHERS)):
         places = [place for place, other in enumerate(kinds) if other == kind]
         bars = axes.barh(places, [times[i] for i in places], color=color, label=kind)

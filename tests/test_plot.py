@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from engine import draw
 from engine.bench import main as bench
 from engine.bench_kernels import KernelRow
+from engine.plot import OURS
 from engine.plot_bench import rates
 from engine.profile import ProfileRow
 
@@ -88,6 +90,14 @@ def test_runs_of_several_models_share_a_picture(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert f"<!-- {words} -->" in svg, words
     assert "step" not in svg
+
+
+def test_products_that_make_their_input_decode_weights_too(tmp_path: Path) -> None:
+    def fills(kernel: str) -> int:
+        profile = [replace(PROFILE[0], kernel=kernel), *PROFILE[1:]]
+        return drawn(tmp_path, run("8b", DEPTHS, profile)).count(f"fill: {OURS}")
+
+    assert fills("matvec") == fills("norm_matvec") > fills("attention")
 
 
 def test_single_figures_become_bars(tmp_path: Path) -> None:
