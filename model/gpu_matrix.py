@@ -212,12 +212,17 @@ class GpuMatrix:
 
     def table_variants(self, lanes: int, other_bytes: int = 0) -> list[str]:
         """Of shaders/shared/table.wgsl, for workgroups that need so much other memory: twice
-        unless that leaves room for too few of them.
+        unless that leaves room for too few of them, and once for more.
         """
-        group_bytes = 8 * self.n_states + other_bytes + _OTHER_BYTES
-        resident = _RESIDENT_BYTES // (group_bytes + _GROUP_BYTES) * lanes
-        fits = group_bytes <= self.kernels.device.workgroup_memory
-        return ["twice"] if fits and resident >= _RESIDENT_LANES else []
+        rest = other_bytes + _OTHER_BYTES
+
+        def resident_lanes(entry_bytes: int) -> int:
+            group_bytes = entry_bytes * self.n_states + rest + _GROUP_BYTES
+            return _RESIDENT_BYTES // group_bytes * lanes
+
+        fits = 8 * self.n_states + rest <= self.kernels.device.workgroup_memory
+        wanted = min(resident_lanes(4), _RESIDENT_LANES)
+        return ["twice"] if fits and resident_lanes(8) >= wanted else []
 
     def _segment_overrides(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""

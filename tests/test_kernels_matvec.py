@@ -97,6 +97,16 @@ def test_tables_stand_twice_where_they_leave_room_for_workgroups(
     assert_close(got, want, product_error(m, x, gpu.n_blocks))
 
 
+def test_tables_stand_twice_where_one_workgroup_has_room_either_way(
+    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", False)
+    monkeypatch.setattr(kernels.device, "workgroup_memory", 48 << 10)
+    gpu = GpuMatrix(kernels, "w", coded(rng, 70, 605, 2.5, 11))
+    of_tokens = {n: gpu.table_variants(512, 4 * 512 * min(8, max(1, n // 2))) for n in (4, 8, 16)}
+    assert of_tokens == {4: ["twice"], 8: [], 16: ["twice"]}
+
+
 @pytest.mark.parametrize("spread", [0.1, 3.0])
 def test_matvec_kernels_agree_bit_for_bit(
     kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, spread: float
