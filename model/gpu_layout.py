@@ -1,4 +1,5 @@
-"""Where the words of a coded matrix lie in GPU memory: rearranged in numpy, before they are sent.
+"""Where the words of a coded matrix lie in GPU memory, rearranged in numpy before they are sent;
+and into how many segments its rows are cut.
 
 Both arrangements serve rows that are read side by side, a lane each: their 16-byte chunks
 alternate, so that the lanes walk through memory together. No more rows lie together than one

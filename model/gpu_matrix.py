@@ -10,7 +10,8 @@ Matrices without loss have kernels of their own (`*_float`), as their symbols st
 and their activations are f32; streams, entry points and lanes are the same.
 
 Here is what multiplies weights where it decodes them, for few tokens; gpu_layout.py has how words
-lie in memory, gpu_matmul.py products with many tokens.
+lie in memory, gpu_workgroup.py what workgroups have room for, gpu_matmul.py products with many
+tokens.
 """
 
 from __future__ import annotations
@@ -46,23 +47,10 @@ from model.gpu_layout import (
     tiled_fields,
     wanted_segments,
 )
-
-_MAX_TABLE = 4096  # states of one table
-
-_MAX_GROUP_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
+from model.gpu_workgroup import MAX_LANES, Workgroup, table_fits
 
 _MAX_NORM_COLUMNS = 1024  # that every workgroup of a matvec may go through for a norm
-
-_SHARED_OUTLIERS = 256, 1024, 4096  # of a tile
-_MOST_SHARED = 16  # of a lane
 _FULL_LANES = 1 << 16  # of a launch, from which on a large GPU does not wait, but computes
-
-_SUMS_AT_ONCE = 8  # most tokens whose sums a workgroup keeps
-_OTHER_BYTES = 1024  # of workgroup memory that it needs besides
-
-# Workgroup memory that a multiprocessor has for all of its workgroups, of which each costs some
-# more, and lanes that must have room there: an H100's, as its driver has it.
-_RESIDENT_BYTES, _GROUP_BYTES, _RESIDENT_LANES = 48 << 10, 1024, 1024
 
 SOFTWARE_LANES = 8  # of a workgroup of matvec_rows, decode_rows and matmul_rows
 ROWS_PER_LANE = 4  # of matvec_rows and matmul_rows
@@ -131,10 +119,8 @@ class GpuMatrix:
             self._params = dict(row_chunks=row_chunks(floats))
             tables = exponent_tables(floats)
 
-        # For either number of states, so that all of a model's matrices agree.
-        table_bytes = 4 * _MAX_TABLE + 4 * _MAX_GROUP_LANES
-        self.whole_rows = device.software or table_bytes > device.workgroup_memory
-        max_segments = min(_MAX_GROUP_LANES, device.max_workgroup_lanes) // TILE
+        self.whole_rows = device.software or not table_fits(device.workgroup_memory)
+        max_segments = min(MAX_LANES, device.max_workgroup_lanes) // TILE
         self.splits = 1
         self.segments_per_group = 1
         if not self.whole_rows:
@@ -144,6 +130,8 @@ class GpuMatrix:
             self.splits = -(-wanted // max_segments)
             self.segments_per_group = wanted // self.splits
         self.n_segments = self.splits * self.segments_per_group
+        lanes = TILE * self.segments_per_group
+        self.workgroup = Workgroup(device.workgroup_memory, self.n_states, lanes)
 
         if self.whole_rows:  # as much as matvec_rows declares
             tables = np.append(tables, np.zeros(classes.MAX_STATES - tables.size, np.uint32))
@@ -155,23 +143,14 @@ class GpuMatrix:
         if not self.whole_rows and not floats and m.outliers.size:
             counts = m.outlier_counts[self._order]
             heaviest = int(np.add.reduceat(counts, np.arange(0, m.rows, TILE)).max())
-            self._shared_outliers = self._most_shared(heaviest)
+            # Where lanes do not fill a GPU they wait for what comes from far away, elsewhere for
+            # each other's instructions.
+            if padded_rows(m.rows) * self.n_segments < _FULL_LANES:
+                room = self._split_blocks * (3 * BLOCK + 8)
+                self._shared_outliers = self.workgroup.shared_outliers(heaviest, room)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         ranges = row_ranges(m, floats, device.max_binding_bytes)
         self.parts = [self._upload(m, floats, *ends) for ends in ranges]
-
-    def _most_shared(self, heaviest: int) -> int:
-        """Outliers of a tile that its lanes share (outliers_shared.wgsl): `heaviest`, if they
-        can, of few sizes, as each is a kernel. Only where lanes do not fill a GPU: there they
-        wait for what comes from far away, elsewhere for each other's instructions.
-        """
-        lanes = TILE * self.segments_per_group
-        if padded_rows(self.rows) * self.n_segments >= _FULL_LANES:
-            return 0
-        used = 4 * self.n_states + 16 * lanes + self._split_blocks * (3 * BLOCK + 8) + _OTHER_BYTES
-        room = min(_MOST_SHARED * lanes, (self.kernels.device.workgroup_memory - used) // 4)
-        sizes = [size for size in _SHARED_OUTLIERS if size <= room]
-        return next((size for size in sizes if size >= heaviest), max(sizes, default=0))
 
     def _upload(self, m: CodedMatrix, floats: LosslessMatrix | None, begin: int, end: int) -> Part:
         device, rows, padded = self.kernels.device, end - begin, padded_rows(end - begin)
@@ -210,30 +189,11 @@ class GpuMatrix:
             run(device, Plan([dispatch]))
         return part
 
-    def table_variants(self, lanes: int, other_bytes: int = 0) -> list[str]:
-        """Of shaders/shared/table.wgsl, for workgroups that need so much other memory: twice
-        unless that leaves room for too few of them, and once for more.
-        """
-        rest = other_bytes + _OTHER_BYTES
-
-        def resident_lanes(entry_bytes: int) -> int:
-            group_bytes = entry_bytes * self.n_states + rest + _GROUP_BYTES
-            return _RESIDENT_BYTES // group_bytes * lanes
-
-        fits = 8 * self.n_states + rest <= self.kernels.device.workgroup_memory
-        wanted = min(resident_lanes(4), _RESIDENT_LANES)
-        return ["twice"] if fits and resident_lanes(8) >= wanted else []
-
     def _segment_overrides(self, tokens: int) -> dict[str, int]:
         """Overrides of shaders/shared/segments.wgsl."""
-        lanes = TILE * self.segments_per_group
-        room = self.kernels.device.workgroup_memory - 4 * self.n_states - _OTHER_BYTES
-        # Of all tokens at once compilers make slow loops (H100: 152 instead of 92 us for 8).
-        most = max(1, min(_SUMS_AT_ONCE, tokens // 2, room // (4 * lanes)))
-        at_once = min(self.segments_per_group, most)
-        return dict(
-            segments_per_group=self.segments_per_group, at_once=at_once, partials=at_once * lanes
-        )
+        at_once = min(self.segments_per_group, self.workgroup.sums_at_once(tokens))
+        partials = at_once * self.workgroup.lanes
+        return dict(segments_per_group=self.segments_per_group, at_once=at_once, partials=partials)
 
     @property
     def read_bytes(self) -> int:
@@ -257,16 +217,14 @@ class GpuMatrix:
         a launch takes if these are a quad a lane at most. `all_columns`: they need to see the
         others too, as for a norm.
         """
-        lanes, split = TILE * self.segments_per_group, self._split_blocks
+        lanes, split = self.workgroup.lanes, self._split_blocks
         if self.whole_rows or self.floats or self.cols % 4:
             return False
         if BLOCK * (self.n_blocks if all_columns else split) > 4 * lanes:
             return False
         if all_columns and self.cols > _MAX_NORM_COLUMNS:
             return False
-        # Beside the table four arrays of a word a lane, and the input.
-        room = 4 * _MAX_TABLE + 16 * lanes + split * (BLOCK * digits + 8) + _OTHER_BYTES
-        return bool(room <= self.kernels.device.workgroup_memory)
+        return self.workgroup.fits_input(split * (BLOCK * digits + 8))
 
     def first_block(self, segment: int) -> int:
         """As shaders/shared/matrix.wgsl has it."""
@@ -297,7 +255,7 @@ class GpuMatrix:
         """
         overrides = dict(tokens=tokens, **self.stream_overrides, **self._overrides)
         variants: list[str] = []
-        tile, lanes = TILE, TILE * self.segments_per_group
+        tile, lanes = TILE, self.workgroup.lanes
         activations: dict[str, Any]
         if isinstance(x, Residual):
             name, activations = "norm_matvec", dict(x=x.x, added=x.added.buffer)
@@ -331,7 +289,7 @@ class GpuMatrix:
                 variants.append("shared")
                 overrides["shared_outliers"] = self._shared_outliers
                 words += self._shared_outliers
-            variants += self.table_variants(lanes, 4 * words + made_bytes)
+            variants += self.workgroup.table_variants(4 * words + made_bytes)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
             params: dict[str, float] = dict(

@@ -272,5 +272,6 @@ def test_a_matvec_makes_its_input_only_where_lanes_are_enough(
     halves = GpuMatrix(kernels, "w", m, n_segments=17)  # of 16 segments, so 256 lanes
     assert halves.makes_input(1) and not halves.makes_input(1, all_columns=True)
     assert not GpuMatrix(kernels, "w", coded(rng, 33, 1034, 2.5, 11)).makes_input(1)
-    monkeypatch.setattr(kernels.device, "workgroup_memory", 1 << 14)
-    assert not enough.makes_input(1)
+    monkeypatch.setattr(kernels.device, "workgroup_memory", 20000)  # the table, but no more
+    small = GpuMatrix(kernels, "w", m, n_segments=11)
+    assert not small.whole_rows and not small.makes_input(1)

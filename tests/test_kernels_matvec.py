@@ -21,6 +21,7 @@ from model import reference
 from model.activations import Activations
 from model.gpu_layout import BLOCK, wanted_segments
 from model.gpu_matrix import GpuMatrix
+from model.gpu_workgroup import Workgroup
 from model.llama import MAX_TOKENS
 from model.rows import MATVEC_ROWS
 
@@ -97,13 +98,9 @@ def test_tables_stand_twice_where_they_leave_room_for_workgroups(
     assert_close(got, want, product_error(m, x, gpu.n_blocks))
 
 
-def test_tables_stand_twice_where_one_workgroup_has_room_either_way(
-    kernels: Kernels, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels.device, "software", False)
-    monkeypatch.setattr(kernels.device, "workgroup_memory", 48 << 10)
-    gpu = GpuMatrix(kernels, "w", coded(rng, 70, 605, 2.5, 11))
-    of_tokens = {n: gpu.table_variants(512, 4 * 512 * min(8, max(1, n // 2))) for n in (4, 8, 16)}
+def test_tables_stand_twice_where_one_workgroup_has_room_either_way() -> None:
+    group = Workgroup(48 << 10, n_states=2048, lanes=512)
+    of_tokens = {n: group.table_variants(4 * 512 * group.sums_at_once(n)) for n in (4, 8, 16)}
     assert of_tokens == {4: ["twice"], 8: [], 16: ["twice"]}
 
 
