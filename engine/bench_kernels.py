@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine import slots
 from engine.device import Device
 from engine.errors import DeviceError
 from engine.kernel import Dispatch, Kernels
@@ -54,6 +55,7 @@ class KernelRow:
     fastest: float
     gweights_per_second: float
     gb_per_second: float
+    slots: float  # a weight, estimated: engine/slots.py
 
 
 def bench_kernels(
@@ -84,7 +86,10 @@ def bench_kernels(
                 dispatches = [d for gpu in gpus for d in gpu.matvec(x, y, tokens=n, digits=1)]
                 first = gpus[0]
                 cut = f"{first.splits} x {first.segments_per_group} segments"
-                yield _row("matvec", first.read_bytes, cut, rows, cols, n, device, dispatches)
+                of_weight = slots.coded(m.raw_bits, m.group, n)
+                yield _row(
+                    "matvec", first.read_bytes, cut, rows, cols, n, of_weight, device, dispatches
+                )
             for gpu in gpus:
                 gpu.destroy()
         if plain:
@@ -140,7 +145,7 @@ def _plain_rows(kernels: Kernels, bits: int, rows: int, cols: int) -> Iterator[K
         ]
         cut = f"{row_lanes} lanes a row, {row_groups} x 4 rows"
         name = {16: "f16", 8: "int8", 4: "int4"}[bits]
-        yield _row(name, size + 4 * rows, cut, rows, cols, 1, device, dispatches)
+        yield _row(name, size + 4 * rows, cut, rows, cols, 1, slots.PLAIN[bits], device, dispatches)
     for buffer in buffers:
         device.destroy(buffer)
 
@@ -162,6 +167,7 @@ def _row(
     rows: int,
     cols: int,
     tokens: int,
+    of_weight: float,
     device: Device,
     dispatches: list[Dispatch],
 ) -> KernelRow:
@@ -178,6 +184,7 @@ def _row(
         fastest * 1e6,
         rows * cols / median / 1e9,
         read_bytes / median / 1e9,
+        of_weight,
     )
 
 
@@ -202,18 +209,20 @@ def time_dispatches(device: Device, dispatches: list[Dispatch]) -> tuple[float, 
 
 
 def markdown(rows: Sequence[KernelRow]) -> str:
-    """A table, in the order of the rows; `memory` is the share of the run's best rate."""
+    """A table, in the order of the rows; `memory` is the share of the run's best rate, `slots` are
+    instructions of a lane a weight, estimated.
+    """
     best = max(row.gb_per_second for row in rows)
     lines = [
         "| kernel | shape | tokens | bit/weight | cut into | µs | slowest to fastest "
-        "| Gweight/s | GB/s | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| Gweight/s | GB/s | memory | slots |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.kernel} | {row.rows} x {row.cols} | {row.tokens} | {row.bits_per_weight:.2f} "
             f"| {row.shape} | {row.microseconds:.1f} | {row.slowest:.1f} to {row.fastest:.1f} "
             f"| {row.gweights_per_second:.4g} | {row.gb_per_second:.4g} "
-            f"| {100 * row.gb_per_second / best:.0f} % |"
+            f"| {100 * row.gb_per_second / best:.0f} % | {row.slots:.1f} |"
         )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import bench_kernels, profile
+from engine import bench_kernels, profile, slots
 from engine.device import Device
 from engine.errors import DeviceError
 from engine.generate import Engine
@@ -79,6 +79,14 @@ def test_every_kernel_of_a_shape_gets_a_row() -> None:
     assert all(0 < row.fastest <= row.microseconds <= row.slowest for row in rows)
     table = bench_kernels.markdown(rows)
     assert table.count("\n") == len(rows) + 1 and "100 %" in table
+    assert [row.slots for row in rows[4:]] == [2.8, 0.8, 0.95]
+    assert f"| {rows[0].slots:.1f} |" in table.splitlines()[2]
+
+
+def test_slots_of_a_coded_weight() -> None:
+    assert 32 * slots.coded(0, 2, 1) == 241  # 242 in the machine code
+    assert slots.coded(0, 4, 1) < slots.coded(0, 2, 1) < slots.coded(2, 2, 1) < slots.coded(3, 2, 1)
+    assert slots.coded(2, 2, 8) < 2 * slots.coded(2, 2, 1)  # a weight is decoded once
 
 
 def test_profile_counts_every_launch(tmp_path: Path, tiny_config: ModelConfig) -> None:

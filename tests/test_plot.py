@@ -39,7 +39,7 @@ def kernel(name: str, bits: float, rows: int, us: float, tokens: int = 1) -> dic
     weights = rows * 4096
     gweights = weights / us / 1e3
     gb = gweights * bits / 8
-    return vars(KernelRow(name, rows, 4096, tokens, bits, "cut", us, us, us, gweights, gb))
+    return vars(KernelRow(name, rows, 4096, tokens, bits, "cut", us, us, us, gweights, gb, 7.5))
 
 
 KERNELS = json.dumps(
