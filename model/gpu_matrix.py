@@ -16,7 +16,7 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -139,7 +139,7 @@ class GpuMatrix:
         self._order = classes.device_order(m.classes)
         outliers, self._first_outlier = ordered_outliers(m, self._order)
         self.outliers = device.upload(f"{name}.outliers", outliers)
-        self._shared_outliers = 0
+        self.shared_outliers = 0  # of a tile: shaders/shared/outliers_shared.wgsl
         if not self.whole_rows and not floats and m.outliers.size:
             counts = m.outlier_counts[self._order]
             heaviest = int(np.add.reduceat(counts, np.arange(0, m.rows, TILE)).max())
@@ -147,7 +147,7 @@ class GpuMatrix:
             # each other's instructions.
             if padded_rows(m.rows) * self.n_segments < _FULL_LANES:
                 room = self._split_blocks * (3 * BLOCK + 8)
-                self._shared_outliers = self.workgroup.shared_outliers(heaviest, room)
+                self.shared_outliers = self.workgroup.shared_outliers(heaviest, room)
         self._by_number = np.empty((m.rows, 4), np.uint32)  # struct Row, in the matrix's order
         ranges = row_ranges(m, floats, device.max_binding_bytes)
         self.parts = [self._upload(m, floats, *ends) for ends in ranges]
@@ -285,10 +285,10 @@ class GpuMatrix:
         else:
             overrides |= self._segment_overrides(tokens)
             words = overrides["partials"]
-            if tokens == 1 and self._shared_outliers:
+            if tokens == 1 and self.shared_outliers:
                 variants.append("shared")
-                overrides["shared_outliers"] = self._shared_outliers
-                words += self._shared_outliers
+                overrides["shared_outliers"] = self.shared_outliers
+                words += self.shared_outliers
             variants += self.workgroup.table_variants(4 * words + made_bytes)
         for part in self.parts:
             groups = -(-part.rows // tile), self.splits
@@ -369,3 +369,15 @@ class GpuMatrix:
                 outliers=self.outliers,
                 x=x,
             )
+
+
+def agree(matrices: Iterable[GpuMatrix]) -> None:
+    """Let matrices of one shape share as many outliers of a tile each, so that they have fewer
+    kernels: a GPU is slowed down by more than some sixteen that take turns.
+    """
+    most: dict[Workgroup, int] = {}
+    for matrix in (matrices := list(matrices)):
+        others = most.get(matrix.workgroup, 0)
+        most[matrix.workgroup] = max(others, matrix.shared_outliers)
+    for matrix in matrices:
+        matrix.shared_outliers = most[matrix.workgroup]

@@ -16,7 +16,7 @@ from engine.device import Device
 from engine.kernel import Dispatch, Kernels
 from engine.plan import Plan, run
 from model.activations import FLOAT, Activations, Output, Residual, Then
-from model.gpu_matrix import GpuMatrix
+from model.gpu_matrix import GpuMatrix, agree
 from model.kv_cache import KVCache, half_padded
 from model.operations import AttentionCut, Operations
 from model.prompt import Prompt
@@ -94,6 +94,8 @@ class Llama:
                 self.kernels, "lm_head", weights.matrix("lm_head"), one_split=True
             )
         self.blocks = [Layer(self.kernels, weights, i) for i in range(c.n_layers)]
+        for alike in zip(*(layer.matrices for layer in self.blocks), strict=True):
+            agree(alike)
         self.norm = device.upload("model.norm", weights.tensor("model.norm.weight"))
         self.weights_bytes = device.allocated_bytes - before
 
@@ -138,6 +140,8 @@ class Llama:
         self.gate_up = first.gate_up_proj.output("gate_up", n)
         self.h = Activations.empty(device, "h", n, d, c.hidden_dim)
         self.down = first.down_proj.output("down", n)
+        # What the first layer's norm adds, as others add `down`: nothing, but by the same kernel.
+        self.nothing = first.down_proj.output("nothing", 1)
         self.logits = self.lm_head.output("logits", n)
         self.qkv_heads: Output | None = None
         if c.qkv_bias or c.qk_norm:
@@ -224,7 +228,7 @@ class Llama:
         fused = self._fused and tokens == 1
         eps = self._eps(tokens)
         norms = [layer.input_layernorm for layer in self.blocks] + [self.norm]
-        before = Output(self.down.buffer, 0)
+        before = self.nothing if tokens == 1 else Output(self.down.buffer, 0)
         yield from self.embed_tokens.embed(self.state, self.x, tokens=tokens)
         for i, layer in enumerate(self.blocks):
             xn: Activations | Residual = self.xn

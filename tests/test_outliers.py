@@ -15,7 +15,7 @@ from engine.device import Device
 from engine.kernel import Kernels
 from engine.plan import Plan, run
 from model.activations import FLOAT, Activations
-from model.gpu_matrix import GpuMatrix
+from model.gpu_matrix import GpuMatrix, agree
 from model.llama import MAX_TOKENS
 
 F32 = 2.0**-24
@@ -110,6 +110,25 @@ def test_lanes_share_a_tiles_outliers_where_a_gpu_is_not_full(
     assert shared(600, n_segments=16) == 256
     monkeypatch.setattr("model.gpu_matrix._FULL_LANES", 64)
     assert shared(600) == 0
+
+
+@pytest.mark.gpu
+def test_matrices_of_a_shape_agree_on_kernels(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.device, "software", False)
+    q = np.tile(np.int32([-1, 0, 1]), (3, 64, 200))
+    q[1, 33, :300] = 700
+    matrices = [
+        GpuMatrix(kernels, f"w{i}", encode_matrix(each, np.full(64, -48, np.int16), 11 + i // 2))
+        for i, each in enumerate(q)
+    ]
+    assert [matrix.shared_outliers for matrix in matrices] == [0, 1024, 0]
+    agree(iter(matrices))
+    assert [matrix.shared_outliers for matrix in matrices] == [1024, 1024, 0]  # another table
+    x = Activations.empty(kernels.device, "x", 1, 1, 600)
+    launches = [next(m.matvec(x, m.output("y", 1), tokens=1, digits=1)) for m in matrices]
+    assert launches[0].kernel is launches[1].kernel is not launches[2].kernel
 
 
 @pytest.mark.gpu
