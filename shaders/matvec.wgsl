@@ -13,6 +13,7 @@
 //#import digits
 //#import input
 //#import norm_factor
+//#import shares
 //#import dot
 //#import segments
 //#import outliers

@@ -18,6 +18,7 @@
 //#import norm_factor
 //#import quantized
 //#import quantize
+//#import quantize_normed
 //#import silu
 //#import gated
 //#import then

@@ -16,6 +16,7 @@
 //#import input_normed
 //#import dot
 //#import norm_factor
+//#import shares
 //#import segments
 //#import outliers
 //#import product

@@ -4,6 +4,8 @@
 
 //#import digits
 //#import quantized
+//#import quantize
+//#import quantize_normed
 
 override splits: u32;  // of y; 0: nothing to add
 override dim: u32;
@@ -14,8 +16,6 @@ override dim: u32;
 @group(0) @binding(3) var<storage, read_write> x_digits: array<u32>;  // (digits, 4-column groups)
 @group(0) @binding(4) var<storage, read_write> x_scale: array<vec2<f32>>;
 @group(0) @binding(5) var<storage, read_write> squares: array<f32>;  // (blocks,)
-
-var<workgroup> quad_squares: array<f32, lanes>;
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
@@ -30,18 +30,6 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
     normed = v * weight[quad];
     x[quad] = v;
   }
-  quad_squares[lane] = dot(v, v);
-  share_size(normed, lane);
-  workgroupBarrier();
-  let q = quantized(normed, lane);
-  if (quad < 8u * n_blocks) {
-    for (var digit = 0u; digit < digits; digit++) { x_digits[8u * n_blocks * digit + quad] = q.words[digit]; }
-  }
-  workgroupBarrier();
-  if (quad < 8u * n_blocks && lane % 8u == 0u) {
-    x_scale[quad / 8u] = vec2<f32>(q.scale, q.scale * block_total(lane));
-    var sum = 0.0;
-    for (var i = 0u; i < 8u; i++) { sum += quad_squares[lane + i]; }
-    squares[quad / 8u] = sum;
-  }
+  let sum = quantize_normed(normed, dot(v, v), lane, quad, n_blocks);
+  if (quad < 8u * n_blocks && lane % 8u == 0u) { squares[quad / 8u] = sum; }
 }

@@ -6,7 +6,6 @@
 override added_splits: u32;  // of y; 0: nothing is added
 
 var<workgroup> lane_squares: array<f32, lanes>;
-var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
 var<private> leaves_x: bool;  // whether this is the workgroup that fills x_out
 
 // The split's quads first, the others by the lanes after these.
@@ -31,13 +30,9 @@ fn share_squares(lane: u32) {
   if (lane < 32u) {
     var sum = 0.0;
     for (var i = lane; i < lanes; i += 32u) { sum += lane_squares[i]; }
-    shares[lane / 4u][lane % 4u] = sum;
+    leave_share(lane, sum);
   }
 }
 
 // The row's scale and the norm's factor.
-fn product_scale(row: Row) -> f32 {
-  var sums = vec4<f32>(0.0);
-  for (var i = 0u; i < 8u; i++) { sums += shares[i]; }
-  return row_scale(row) * norm_factor(dot(sums, vec4<f32>(1.0)));
-}
+fn product_scale(row: Row) -> f32 { return row_scale(row) * shared_factor(); }

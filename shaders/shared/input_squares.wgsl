@@ -1,13 +1,11 @@
-// input.wgsl of one token that a norm has left without its factor (norm_factor.wgsl, which stands beside it): with the squares of
-// which that is made.
+// input.wgsl of one token that a norm has left without its factor: with the squares of which that is made. Beside it stands
+// shares.wgsl.
 
 const INPUT_OF_SPLIT = false;
 
 @group(0) @binding(6) var<storage, read> in_digits: array<vec4<u32>>;  // (digits, 16-column groups)
 @group(0) @binding(7) var<storage, read> in_scale: array<vec2<f32>>;   // (blocks,): scale and sum of the block's x
 @group(0) @binding(9) var<storage, read> squares: array<vec4<f32>>;    // (blocks / 4,): sums of x^2, then zeros
-
-var<workgroup> shares: array<vec4<f32>, 8>;  // of squares
 
 fn input_blocks() -> u32 { return params.n_blocks; }
 fn input_block(block: u32) -> u32 { return block; }
@@ -23,12 +21,8 @@ fn begin_input(split: u32, lane: u32) -> vec4<f32> {
 }
 
 fn end_input(v: vec4<f32>, lane: u32) {
-  if (lane < 32u) { shares[lane / 4u][lane % 4u] = dot(v, vec4<f32>(1.0)); }
+  if (lane < 32u) { leave_share(lane, dot(v, vec4<f32>(1.0))); }
 }
 
 // A barrier after end_input.
-fn input_factor() -> f32 {
-  var sums = vec4<f32>(0.0);
-  for (var i = 0u; i < 8u; i++) { sums += shares[i]; }
-  return norm_factor(dot(sums, vec4<f32>(1.0)));
-}
+fn input_factor() -> f32 { return shared_factor(); }

@@ -2,7 +2,7 @@
 // is done by the workgroup that stores the last of the rows it waits for, so that nobody waits for a launch or for one
 // workgroup. A norm's digits lack the factor that only the whole vector tells: the matvec that reads them finds it by
 // `squares` (norm_factor.wgsl). Where this may be done, and why by atomics: last.wgsl.
-// Beside it stand quantize.wgsl and gated.wgsl; the importer provides  y: array<atomic<u32>>  f32 (splits, y_rows),
+// Beside it stand quantize.wgsl, quantize_normed.wgsl and gated.wgsl; the importer provides  y: array<atomic<u32>>  f32 (splits, y_rows),
 // arrived: array<atomic<u32>>  zeros, one a block, and they are left as zeros,  x, weight: array<f32>,
 // squares: array<vec4<f32>>,  params.y_rows, params.dim.
 
@@ -14,7 +14,6 @@ const NO_QUAD = 0x0FFFFFFFu;
 var<workgroup> n_ready: atomic<u32>;
 var<workgroup> n_blocks_ready: u32;
 var<workgroup> ready: array<u32, 32>;  // blocks: a workgroup has 32 rows
-var<workgroup> quad_squares: array<f32, lanes>;
 
 fn store_y(i: u32, value: f32) { atomicStore(&y[i], bitcast<u32>(value)); }
 
@@ -74,10 +73,6 @@ fn finish_norm(lane: u32, quad: u32) {
     }
   }
   workgroupBarrier();  // the last round's readers are done
-  quad_squares[lane] = sum;
-  quantize4(normed, lane, 0u, quad, (params.dim + 31u) / 32u);
-  if (quad != NO_QUAD && lane % 8u == 0u) {
-    for (var i = 1u; i < 8u; i++) { sum += quad_squares[lane + i]; }
-    squares[quad / 32u][quad / 8u % 4u] = sum;
-  }
+  sum = quantize_normed(normed, sum, lane, quad, (params.dim + 31u) / 32u);
+  if (quad != NO_QUAD && lane % 8u == 0u) { squares[quad / 32u][quad / 8u % 4u] = sum; }
 }
