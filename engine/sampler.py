@@ -18,7 +18,6 @@ from engine.plan import Plan
 RING = 64  # sampled tokens that the GPU holds until the host has read them
 STEPS = 16  # of a batch, likewise
 _LANES = 128
-_N_CANDIDATES = 32, 128  # workgroups that share the vocabulary: on a CPU, on a GPU
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class _Draws:
         self._logits, self._vocab_size, self._pass_rows = logits, vocab_size, pass_rows
         self.settings = device.empty(label, 16 if pass_rows is None else 16 * rows)
         self.threshold = device.empty(f"{label}.threshold", 4 * rows)
-        self.n_candidates = _N_CANDIDATES[not device.software]
+        self.n_candidates = 32 if device.software else 128  # workgroups that share the vocabulary
         self.candidates = device.empty(f"{label}.candidates", 8 * self.n_candidates * rows)
 
     def dispatches(self, rows: int) -> Iterator[Dispatch]:

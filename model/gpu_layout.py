@@ -20,7 +20,7 @@ from codec.lossless import LosslessMatrix
 from codec.matrix import CodedMatrix, outlier_places
 
 BLOCK = 32  # columns that share an activation scale; kernels work in whole blocks
-CHUNK_BITS = 128  # what stream_wide reads at a time
+CHUNK_BITS = 128  # what stream.wgsl reads at a time
 
 _CHUNK_WORDS = CHUNK_BITS // 32
 

@@ -110,7 +110,7 @@ def _decode(matrix: GpuMatrix, piece: _Piece, bytes_: Any) -> Dispatch:
         kernel = matrix.kernels.get("decode_rows", **overrides)
         return kernel.dispatch([-(-piece.rows // SOFTWARE_LANES)], params, **buffers)
     group = matrix.segments_per_group
-    overrides |= dict(segments_per_group=group, lanes=TILE * group)
+    overrides |= dict(segments_per_group=group, lanes=matrix.workgroup.lanes)
     params |= dict(rows_padded=part.rows_padded, segment_begin=begin, segment_end=end)
     kernel = matrix.kernels.get("decode_tile", *matrix.workgroup.table_variants(), **overrides)
     return kernel.dispatch([-(-piece.rows // TILE), -(-(end - begin) // group)], params, **buffers)

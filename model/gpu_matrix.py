@@ -16,7 +16,7 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -371,12 +371,12 @@ class GpuMatrix:
             )
 
 
-def agree(matrices: Iterable[GpuMatrix]) -> None:
+def agree(matrices: Sequence[GpuMatrix]) -> None:
     """Let matrices of one shape share as many outliers of a tile each, so that they have fewer
     kernels: a GPU is slowed down by more than some sixteen that take turns.
     """
     most: dict[Workgroup, int] = {}
-    for matrix in (matrices := list(matrices)):
+    for matrix in matrices:
         others = most.get(matrix.workgroup, 0)
         most[matrix.workgroup] = max(others, matrix.shared_outliers)
     for matrix in matrices:

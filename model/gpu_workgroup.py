@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_LANES = 512  # so that tables, one a workgroup, leave a multiprocessor all its lanes
-MAX_TABLE = 4096  # states of one table
+_MAX_TABLE = 4096  # states of one table
 
 _OTHER_BYTES = 1024  # that it needs besides
 _SUMS_AT_ONCE = 8  # most tokens whose sums it keeps
@@ -21,7 +21,7 @@ def table_fits(memory_bytes: int) -> bool:
     """Whether a workgroup has room for a table with either number of states, and a sum a lane: all
     of a model's matrices are to agree.
     """
-    return 4 * MAX_TABLE + 4 * MAX_LANES <= memory_bytes
+    return 4 * _MAX_TABLE + 4 * MAX_LANES <= memory_bytes
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Workgroup:
         """Whether it may make its input (shaders/shared/input_made.wgsl), with any table: beside
         that there are four arrays of a word a lane.
         """
-        room = self.memory_bytes - 4 * MAX_TABLE - 16 * self.lanes - _OTHER_BYTES
+        room = self.memory_bytes - 4 * _MAX_TABLE - 16 * self.lanes - _OTHER_BYTES
         return input_bytes <= room
 
     def shared_outliers(self, heaviest: int, input_bytes: int) -> int:

@@ -124,7 +124,7 @@ def test_matrices_of_a_shape_agree_on_kernels(
         for i, each in enumerate(q)
     ]
     assert [matrix.shared_outliers for matrix in matrices] == [0, 1024, 0]
-    agree(iter(matrices))
+    agree(matrices)
     assert [matrix.shared_outliers for matrix in matrices] == [1024, 1024, 0]  # another table
     x = Activations.empty(kernels.device, "x", 1, 1, 600)
     launches = [next(m.matvec(x, m.output("y", 1), tokens=1, digits=1)) for m in matrices]
